@@ -55,6 +55,7 @@ struct SetShape {
   Pos n_tokens = 0, prompt_len = 0;
   int budget = 0;             // tokens per set as asked for, before any allocator; at least 1
   int element_bytes = 2;      // of one stored number in the trace
+  float scale = 1;            // softmax scale of the trace; View::queries has it folded in
   std::uint64_t seed = 0;
   // Where the part asked for them (Needs): per lane (n_tokens) external scores; (n_tokens) first decode step without.
   std::vector<std::vector<float>> scores;
@@ -74,6 +75,8 @@ class View {
   // Softmax weights of the current queries over all that is resident, reduced over the query heads of the set as its
   // `group` key says: (n_slots).
   virtual void attention(std::span<float> out) const = 0;
+  // The same of one query head: (n_slots).
+  virtual void head_attention(int lane, int head, std::span<float> out) const = 0;
   virtual VecF key(int lane, int slot) const = 0;    // (head_dim) as stored now
   virtual VecF value(int lane, int slot) const = 0;  // (v_head_dim)
   // The last `last` queries up to now, oldest first, heads of one token adjacent: (last * n_heads, head_dim).
@@ -119,6 +122,8 @@ class Future {
     MatF weights;  // (rows, n_slots + steps) exp(logit - max): the slots, then the tokens yet to come; 0 before birth
     MatF arrivals; // (steps, v_head_dim) values of the tokens yet to come
     MatD full;     // (rows, v_head_dim) exact attention output
+    Eigen::ArrayXd pinned_z;  // (rows) sum of the weights of resident tokens that are no slots (a pinned prompt)
+    MatD pinned_num;          // (rows, v_head_dim) the same of weight * value
     int steps = 0;
   };
   virtual Horizon horizon(const View&, int lane, int steps) const = 0;
@@ -185,9 +190,11 @@ struct EvictedBlock {
   std::span<const Loss> losses;  // of this block, in order of step
   const MomentRows& moments;     // kept once per lane, shared by all compensators beside each other
 };
+struct MomentNeeds;
 class Compensator {
  public:
   virtual ~Compensator() = default;
+  virtual MomentNeeds needs() const = 0;  // of EvictedBlock::moments
   virtual void estimate(const EvictedBlock&, Estimate& out) = 0;
   virtual double state_bytes() const = 0;  // per KV head
 };
