@@ -119,6 +119,10 @@ class Future {
     MatF weights;  // (rows, n_slots + steps) exp(logit - max): the slots, then the tokens yet to come; 0 before birth
     MatF arrivals; // (steps, v_head_dim) values of the tokens yet to come
     MatD full;     // (rows, v_head_dim) exact attention output
+    // What a pinned prompt adds to the sums of weights and of weights times values, on the same scale; empty if the
+    // prompt is not pinned.
+    Eigen::ArrayXd pinned_mass;  // (rows)
+    MatD pinned_sum;             // (rows, v_head_dim)
     int steps = 0;
   };
   virtual Horizon horizon(const View&, int lane, int steps) const = 0;
