@@ -13,44 +13,32 @@
 namespace kvreplay {
 namespace {
 
-constexpr Eigen::Index kLanes = 16;  // float32 sums side by side: one AVX-512 register
-
-// Three dot products in one pass over k and v; kLanes partial sums each, so that they vectorise
-// without reassociation.
+// k . a, k . b and v . c in one pass: all that an eviction asks of a resident token.
 struct Dots {
   float k_a, k_b, v_c;
 };
 Dots dots(const float* k, const float* a, const float* b, int n, const float* v, const float* c,
           int m) {
-  std::array<float, kLanes> ka{}, kb{}, vc{};
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      ka[l] += k[i + l] * a[i + l];
-      kb[l] += k[i + l] * b[i + l];
-    }
+  using Lanes = Eigen::Array<float, 16, 1>;  // sums side by side
+  const auto load = [](const float* x) { return Eigen::Map<const Lanes>(x); };
+  Lanes ka = Lanes::Zero(), kb = Lanes::Zero(), vc = Lanes::Zero();
+  int i = 0, j = 0;
+  for (; i + 16 <= n; i += 16) {
+    ka += load(k + i) * load(a + i);
+    kb += load(k + i) * load(b + i);
   }
-  for (int l = 0; i < n; ++i, ++l) {
-    ka[l] += k[i] * a[i];
-    kb[l] += k[i] * b[i];
+  for (; j + 16 <= m; j += 16) {
+    vc += load(v + j) * load(c + j);
   }
-  i = 0;
-  for (; i + kLanes <= m; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      vc[l] += v[i + l] * c[i + l];
-    }
+  Dots d{ka.sum(), kb.sum(), vc.sum()};
+  for (; i < n; ++i) {
+    d.k_a += k[i] * a[i];
+    d.k_b += k[i] * b[i];
   }
-  for (int l = 0; i < m; ++i, ++l) {
-    vc[l] += v[i] * c[i];
+  for (; j < m; ++j) {
+    d.v_c += v[j] * c[j];
   }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) {
-      ka[l] += ka[l + half];
-      kb[l] += kb[l + half];
-      vc[l] += vc[l + half];
-    }
-  }
-  return {ka[0], kb[0], vc[0]};
+  return d;
 }
 
 class Residual final : public Selector {
