@@ -73,6 +73,7 @@ class View {
   int budget = 0;              // slots this set may keep, as allocated
   std::span<const Pos> pos;    // (n_slots) ascending: slot i is older than slot i + 1
   bool at_prefill() const { return now < prompt_len; }
+  std::span<const Pos> rewritten;  // tokens whose key or value was rewritten since the previous step
 
   // Softmax weights of the current queries over all that is resident, reduced over the query heads of the set as its
   // `group` key says: (n_slots).
