@@ -7,12 +7,13 @@
 
 namespace kvreplay {
 
-extern const PartInfo full, streaming, h2o, tova, momentum;
+extern const PartInfo full, streaming, h2o, tova, momentum, residual;
+extern const PartInfo mean, moments, gaussian;
 
 namespace {
 
 constexpr std::array kParts = {
-    &full, &streaming, &h2o, &tova, &momentum,
+    &full, &streaming, &h2o, &tova, &momentum, &residual, &mean, &moments, &gaussian,
 };
 
 constexpr std::array kPresets = {
