@@ -3,11 +3,11 @@
     import kvreplay_analysis as ka
     results = ka.load("out")                       # frames: results.summary, results.cells
     ka.configurations(results)                     # one row per method and budget
-    ka.figures["error_resident"].draw(results)     # a matplotlib figure; .data(results) is what it shows
+    ka.figures.error_resident.draw(results)     # a matplotlib figure; .data(results) is what it shows
 """
 
 from .errors import Absent, ResultsError, UsageError
-from .figures import ALL as figures
+from . import figures
 from .results import Results, load
 from .tables import configurations
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import zlib
 from dataclasses import dataclass
 
@@ -72,31 +73,36 @@ class Look:
         return "none" if self.oracle else self.colour
 
 
-def _deciding_part(method):
+def deciding_part(method):
     """h2o of `h2o:window=8+adakv`; quest of `full+quest`; momentum of `snapkv/momentum`."""
     parts = [p.split(":")[0] for p in method.split("/")[-1].split("+")]
     return parts[1] if parts[0] == "full" and len(parts) > 1 else parts[0]
 
 
+def _without_pool(method):
+    return re.sub(r"[:,]pool=decode(?=[+/]|$)", "", method.replace("pool=decode,", ""))
+
+
 def looks(results):
-    """{label: Look}. Variants of one method share its colour and differ in line and, from the second on, marker."""
+    """{label: Look}. A method and itself at pool=decode differ in the line alone (solid, dashed); other variants of
+    a method share its colour and differ in line and marker."""
     first = results.cells.drop_duplicates("label")
     variants, out = {}, {}
     for what in first.itertuples():
-        part = _deciding_part(what.method)
+        part = deciding_part(what.method)
         oracle = what.foresight == "oracle"
         key = zlib.crc32(part.encode())
         colour, marker = _METHODS.get(part, (_SPARE_COLOURS[key % len(_SPARE_COLOURS)],
                                              "*" if oracle else _SPARE_MARKERS[key % len(_SPARE_MARKERS)]))
         # A variant is known by its own text, so that leaving another method out of a run changes nothing.
-        plain = what.method == part or what.method == f"full+{part}"
-        if plain:
-            out[what.label] = Look(colour, marker, 0, oracle)
+        text = _without_pool(what.method)
+        if text in (part, f"full+{part}"):
+            out[what.label] = Look(colour, marker, int(text != what.method), oracle)
             continue
         taken = variants.setdefault(part, set())
         hashed = zlib.crc32(what.method.encode())
-        choices = [(1 + (hashed + i) % (len(DASHES) - 1), _SPARE_MARKERS[(hashed + i) % len(_SPARE_MARKERS)])
-                   for i in range(len(_SPARE_MARKERS) * (len(DASHES) - 1))]
+        choices = [(2 + (hashed + i) % (len(DASHES) - 2), _SPARE_MARKERS[(hashed + i) % len(_SPARE_MARKERS)])
+                   for i in range(len(_SPARE_MARKERS) * (len(DASHES) - 2))]
         dash, marker = next((c for c in choices if c not in taken and c[1] != marker), choices[0])
         taken.add((dash, marker))
         out[what.label] = Look(colour, marker, dash, oracle)
@@ -116,7 +122,7 @@ RC = {
     "font.family": "DejaVu Sans", "font.size": 7.5, "axes.titlesize": 8, "axes.labelsize": 7.5,
     "xtick.labelsize": 6.8, "ytick.labelsize": 6.8, "legend.fontsize": 6.8, "axes.linewidth": 0.6,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
-    "grid.linewidth": 0.45, "axes.axisbelow": True, "lines.linewidth": 1.2, "lines.markersize": 3.6,
+    "grid.linewidth": 0.45, "axes.axisbelow": True, "lines.linewidth": 1.2, "lines.markersize": 3.2,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
     "xtick.minor.size": 1.5, "ytick.minor.size": 1.5, "legend.frameon": False, "pdf.fonttype": 42, "ps.fonttype": 42,
     "svg.hashsalt": "kvreplay", "svg.fonttype": "path", "savefig.dpi": 200, "figure.dpi": 100,

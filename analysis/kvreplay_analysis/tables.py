@@ -6,7 +6,7 @@ import pandas as pd
 from . import bootstrap
 
 # Column of the table -> metric it is the mean of.
-COLUMNS = {"resident": "resident", "bytes": "bytes", "error_output": "error_output", "error": "error",
+COLUMNS = {"resident": "resident", "attended": "attended", "bytes": "bytes", "error_output": "error_output", "error": "error",
            "evicted_mass": "evicted_mass", "cos_retained_evicted": "cos_retained_evicted"}
 
 

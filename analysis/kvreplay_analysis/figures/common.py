@@ -8,9 +8,9 @@ from matplotlib.lines import Line2D
 
 from ..errors import Absent
 from ..results import GROUPS
-from ..style import shown_name
+from ..style import deciding_part, shown_name
 
-N_NAMED = 14  # methods a static figure can name; the rest is drawn in grey
+N_NAMED = 20  # methods a static figure can name; the rest is drawn in grey
 
 
 def configurations(results):
@@ -37,6 +37,22 @@ def at_budget(results, budget):
 def about(results, label):
     """method, group and foresight of a label."""
     return results.cells[results.cells["label"] == label].iloc[0][["method", "group", "foresight"]]
+
+
+_SHOWN_FIRST = ("h2o", "snapkv", "residual", "momentum", "tova", "keydiff")
+
+
+def shown_first(results, labels, n):
+    """The n methods that a static figure has room for: one of each kind that looks at attention or keys, then
+    variants and baselines in the run's order, oracles last."""
+    seen, keys = {}, {}
+    for i, label in enumerate(labels):
+        what = about(results, label)
+        part = deciding_part(what["method"])
+        seen[part] = seen.get(part, 0) + 1
+        kind = _SHOWN_FIRST.index(part) if part in _SHOWN_FIRST else len(_SHOWN_FIRST)
+        keys[label] = (what["foresight"] == "oracle", seen[part], kind, i)
+    return sorted(labels, key=keys.get)[:n]
 
 
 def groups_present(frame):

@@ -6,7 +6,7 @@ import pandas as pd
 from .. import bootstrap
 from ..errors import Absent
 from ..style import COMPENSATOR_TITLES, WIDTHS, compensator_look, paper, plain_log, plt, shown_name
-from .common import about, at_budget, configurations, require, rounded, thin
+from .common import about, at_budget, configurations, require, rounded, shown_first, thin
 
 NAME = "correction"
 TITLE = "Uncorrected against corrected error"
@@ -60,22 +60,11 @@ def data(results, budget=None, n_points=N_POINTS):
     return {"points": pd.concat(points, ignore_index=True), "by_layer": pd.DataFrame(by_layer)}
 
 
-def _chosen(results, points, n):
-    """The methods a static figure has room for: real ones whose prompt can be evicted first, in the run's order."""
-    labels = list(dict.fromkeys(points["label"]))
-
-    def last(label):
-        what = about(results, label)
-        return (what["foresight"] == "oracle", what["group"] != "evictable", labels.index(label))
-
-    return sorted(labels, key=last)[:n]
-
-
 @paper
 def draw(results, budget=None, style="double", frames=None):
     frames = frames or data(results, budget)
     points, by_layer = frames["points"], frames["by_layer"]
-    labels = _chosen(results, points, N_COLUMNS[style])
+    labels = shown_first(results, list(dict.fromkeys(points["label"])), N_COLUMNS[style])
     n = len(labels)
     width = WIDTHS[style] if style == "single" or n > 1 else WIDTHS["double"] * 0.5
     figure, axes = plt.subplots(2, n, figsize=(width, 4.1), squeeze=False, layout="constrained", sharey="row")

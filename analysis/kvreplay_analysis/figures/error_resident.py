@@ -12,28 +12,37 @@ from .common import (axis_names, configurations, group_title, groups_present, ha
 
 NAME = "error_resident"
 TITLE = "Error against resident tokens"
-HOW_TO_READ = ("Each line is one method over its budgets: lower is better at the same memory; x is the mean number of "
-               "tokens really resident per KV head, never the budget asked for, and the bands are 95 % confidence "
-               "intervals of a block bootstrap over the decode.")
+HOW_TO_READ = ("Each line is one method over its budgets, lower is better at the same memory: x is the mean number of "
+               "tokens really resident per KV head (attended, where all stay resident), never the budget asked for; "
+               "bands are 95 % intervals of a block bootstrap over the decode.")
 BY_BUDGET = False
 
 
 def data(results, budget=None):
-    """One row per configuration: resident, error_output, low, high. `budget` is not used: all are drawn."""
+    """lines: one row per configuration: tokens (resident; attended in the group `selection`), error_output, low, high.
+
+    `budget` is not used: all are drawn.
+    """
     require(results, "error_output")
     require(results, "resident")
-    means = pooled(results.summary[results.summary["metric"].isin(["resident", "error_output"])],
+    means = pooled(results.summary[results.summary["metric"].isin(["resident", "attended", "error_output"])],
                    ["label", "budget", "metric"])["mean"]
     rows = []
     for label, asked, mine in configurations(results):
-        if (label, asked, "resident") not in means.index or (label, asked, "error_output") not in means.index:
-            continue
         first = mine.cells.iloc[0]
+        memory = _memory(first["group"])
+        if (label, asked, memory) not in means.index or (label, asked, "error_output") not in means.index:
+            continue
         _, low, high = bootstrap.interval(bootstrap.totals(mine, [("error_output", "")]), bootstrap.mean)
         rows.append({"group": first["group"], "label": label, "method": first["method"],
-                     "foresight": first["foresight"], "budget": asked, "resident": means[label, asked, "resident"],
-                     "error_output": means[label, asked, "error_output"], "low": low, "high": high})
+                     "foresight": first["foresight"], "budget": asked, "memory": memory,
+                     "tokens": means[label, asked, memory], "error_output": means[label, asked, "error_output"], "low": low, "high": high})
     return {"lines": pd.DataFrame(rows)}
+
+
+def _memory(group):
+    """What a method's cost is at a step: resident tokens; where nothing leaves, those it attends."""
+    return "attended" if group == "selection" else "resident"
 
 
 def _zero(frame):
@@ -50,24 +59,24 @@ def draw(results, budget=None, style="double", frames=None):
     figure, axes = grid(len(panels), style, 2.35, sharey=True)
     for i, (group, ax) in enumerate(zip(panels, axes)):
         for label, line in frame[frame["group"] == group].groupby("label", sort=False):
-            line = line.sort_values("resident")
+            line = line.sort_values("tokens")
             kwargs = look_or_grey(look, label, names)
-            ax.plot(line["resident"], line["error_output"], **kwargs)
+            ax.plot(line["tokens"], line["error_output"], **kwargs)
             if label not in names:
                 continue
             band = np.isfinite(line["low"]) & np.isfinite(line["high"])
             if band.sum() > 1:
-                ax.fill_between(line["resident"][band], line["low"][band], line["high"][band], alpha=0.16, linewidth=0,
+                ax.fill_between(line["tokens"][band], line["low"][band], line["high"][band], alpha=0.16, linewidth=0,
                                 color=kwargs["color"], zorder=2)
             elif band.sum() == 1:
                 at = line[band].iloc[0]
-                ax.plot([at["resident"]] * 2, [at["low"], at["high"]], color=kwargs["color"], alpha=0.5, zorder=2)
+                ax.plot([at["tokens"]] * 2, [at["low"], at["high"]], color=kwargs["color"], alpha=0.5, zorder=2)
         ax.set_xscale("log", base=2)
         ax.set_yscale(scale)
         ax.set_title(group_title(group))
-        ax.set_xlabel("mean resident tokens per KV head")
+        ax.set_xlabel(f"mean {_memory(group)} tokens per KV head")
         if i % (3 if style == "double" else 1) == 0:
-            ax.set_ylabel("error_output  ‖f − f_M‖ / ‖f‖")
+            ax.set_ylabel("mean error_output")
     for ax in axes:
         low, high = ax.get_xlim()
         if high < 4 * low:
@@ -91,32 +100,34 @@ def interactive(results, frames):
     for i, group in enumerate(panels):
         x, y = axis_names(i)
         for label, line in frame[frame["group"] == group].groupby("label", sort=False):
-            line = line.sort_values("resident")
+            line = line.sort_values("tokens")
             mine, first = look[label], label not in seen
             seen.add(label)
             band = line[np.isfinite(line["low"]) & np.isfinite(line["high"])]
             if len(band) > 1:
                 traces.append({
                     "type": "scatter", "mode": "lines", "line": {"width": 0}, "fill": "toself", "hoverinfo": "skip",
-                    "x": rounded([*band["resident"], *band["resident"][::-1]]),
+                    "x": rounded([*band["tokens"], *band["tokens"][::-1]]),
                     "y": rounded([*band["low"], *band["high"][::-1]]), "fillcolor": mine.colour + "2b",
                     "showlegend": False, "legendgroup": label, "meta": label, "xaxis": x, "yaxis": y})
             traces.append({
                 "type": "scatter", "mode": "lines+markers", "name": shown_name(label, line["foresight"].iloc[0]),
-                "meta": label, "legendgroup": label, "showlegend": first, "x": rounded(line["resident"]),
+                "meta": label, "legendgroup": label, "showlegend": first, "x": rounded(line["tokens"]),
                 "y": rounded(line["error_output"]), "xaxis": x, "yaxis": y,
                 "line": {"color": mine.colour, "dash": "dot" if mine.oracle else mine.plotly_dash, "width": 2},
                 "marker": {"color": mine.colour, "symbol": mine.plotly_marker, "size": 8},
-                "customdata": [[b or "no budget", *ci] for b, *ci in
+                "customdata": [[b or "no budget", low, high, _memory(group)] for b, low, high in
                                zip(line["budget"], rounded(line["low"], 4), rounded(line["high"], 4))],
-                "hovertemplate": "<b>%{fullData.name}</b><br>asked budget %{customdata[0]}<br>resident %{x:.1f}<br>"
+                "hovertemplate": "<b>%{fullData.name}</b><br>asked budget %{customdata[0]}<br>%{customdata[3]} %{x:.1f}<br>"
                                  "error_output %{y:.4f}<br>95 %: %{customdata[1]} to %{customdata[2]}<extra></extra>"})
     layout = panel_layout([group_title(g) for g in panels],
-                          {"type": "log", "title": {"text": "mean resident tokens per KV head"}, "dtick": "D2"},
+                          {"type": "log"},
                           {"type": scale, "title": {"text": "error_output"},
                            **({"rangemode": "tozero"} if scale == "linear" else {})})
-    for i in range(1, len(panels)):
-        layout[f"yaxis{i + 1}"]["matches"] = "y"
+    for i, group in enumerate(panels):
+        layout["xaxis" if i == 0 else f"xaxis{i + 1}"]["title"] = {"text": f"mean {_memory(group)} tokens"}
+        if i > 0:
+            layout[f"yaxis{i + 1}"]["matches"] = "y"
     return {"": {"data": traces, "layout": layout}}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from ..style import WIDTHS, paper, plt, shown_name
-from .common import about, at_budget, configurations, require, rounded
+from .common import about, at_budget, require, rounded, shown_first
 
 NAME = "heads"
 TITLE = "Error by layer and head"
@@ -37,11 +37,7 @@ def _chosen(results, frame, n):
     labels = [label for label in dict.fromkeys(frame["label"])
               if frame.loc[frame["label"] == label, "error_output"].max() > 0]
 
-    def last(label):
-        what = about(results, label)
-        return (what["foresight"] == "oracle", what["group"] != "evictable", labels.index(label))
-
-    chosen = sorted(labels, key=last)[:n]
+    chosen = shown_first(results, labels, n)
     return chosen or list(dict.fromkeys(frame["label"]))[:1]
 
 
