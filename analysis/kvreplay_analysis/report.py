@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
+from markupsafe import Markup
 
 from . import figures
 from .errors import Absent, UsageError
@@ -98,6 +99,7 @@ def page(results, chosen=None, files=None):
     environment.filters["number"] = number
     environment.filters["exact"] = exact
     environment.filters["text"] = as_text
+    environment.filters["breakable"] = breakable
     first_cells = results.cells.drop_duplicates("label")
     methods = [{"label": m.label, "shown": shown_name(m.label, m.foresight), "method": m.method, "group": m.group,
                 "foresight": m.foresight, "colour": look[m.label].colour} for m in first_cells.itertuples()]
@@ -185,6 +187,11 @@ def _traces(results):
     return out
 
 
+def breakable(name):
+    """A column's name that may wrap after an underscore."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
 def as_text(value):
     """Any value of run.json on one line."""
     if value is None:
@@ -207,7 +214,7 @@ def number(value, digits=4):
         return f"{value:,.0f}".replace(",", "\u2009")
     if abs(value) < 1e-4:
         return f"{value:.2e}"
-    return f"{value:.{digits}g}"
+    return f"{value:#.{digits}g}"
 
 
 def exact(value):

@@ -179,8 +179,7 @@ def _read_run(path):
 def _read_summary(path):
     try:
         frame = pd.read_csv(path, dtype={c: str for c in SUMMARY_TEXT}, keep_default_na=False,
-                            na_values={c: ["", "nan", "NaN", "-nan"] for c in [*SUMMARY_HEADS, *SUMMARY_NUMBERS]},
-                            float_precision="round_trip")
+                            na_values={c: ["", "nan", "NaN", "-nan"] for c in [*SUMMARY_HEADS, *SUMMARY_NUMBERS]})
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path} is not readable CSV: {_first_line(error)}") from error
     lacking = [c for c in SUMMARY_COLUMNS if c not in frame.columns]

@@ -33,8 +33,8 @@ _METHODS = {
 }
 _SPARE_COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b6992d", "#af7aa1", "#9c755f"]
 _SPARE_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "h", "<", ">", "p"]
-DASHES = ["-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1))]
-_PLOTLY_DASH = {0: "solid", 1: "dash", 2: "dashdot", 3: "longdashdot", 4: "longdash", 5: "dot"}
+DASHES = ["-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]  # dots are for oracles
+_PLOTLY_DASH = {0: "solid", 1: "dash", 2: "dashdot", 3: "longdashdot", 4: "longdash"}
 _PLOTLY_MARKER = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross",
                   "X": "x", "*": "star", "h": "hexagon", "<": "triangle-left", ">": "triangle-right",
                   "p": "pentagon"}

@@ -42,7 +42,7 @@ def about(results, label):
 _SHOWN_FIRST = ("h2o", "snapkv", "residual", "momentum", "tova", "keydiff")
 
 
-def shown_first(results, labels, n):
+def shown_first(results, labels, n=None):
     """The n methods that a static figure has room for: one of each kind that looks at attention or keys, then
     variants and baselines in the run's order, oracles last."""
     seen, keys = {}, {}
@@ -134,6 +134,26 @@ def panel_layout(titles, x, y, gap=0.09):
         layout["annotations"].append({"text": f"<b>{title}</b>", "xref": "paper", "yref": "paper", "x": left, "y": 1.02,
                                       "xanchor": "left", "yanchor": "bottom", "showarrow": False})
     return layout
+
+
+def log_axis(values, base=10):
+    """Settings of a logarithmic axis whose ticks are whole numbers for reading: 0.2, 0.5, 1, or powers of two."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return {"type": "log"}
+    low, high = values.min(), values.max()
+    if base == 2:
+        if high < 4 * low:
+            return {"type": "linear"}
+        ticks = [2.0 ** e for e in range(math.floor(math.log2(low)) - 1, math.ceil(math.log2(high)) + 2)]
+    else:
+        decades = math.log10(high / low)
+        steps = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
+        ticks = [s * 10.0 ** e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+                 for s in steps]
+    return {"type": "log", "tickmode": "array", "tickvals": [float(f"{t:.3g}") if t < 1000 else t for t in ticks],
+            "ticktext": [f"{t:.6g}" for t in ticks]}
 
 
 def log_if_wide(values, ratio=30):

@@ -6,13 +6,13 @@ import pandas as pd
 from .. import bootstrap
 from ..errors import Absent
 from ..style import COMPENSATOR_TITLES, WIDTHS, compensator_look, paper, plain_log, plt, shown_name
-from .common import about, at_budget, configurations, require, rounded, shown_first, thin
+from .common import about, at_budget, configurations, log_axis, require, rounded, shown_first, thin
 
 NAME = "correction"
 TITLE = "Uncorrected against corrected error"
-HOW_TO_READ = ("Points are means of 64 steps of one head: below the diagonal the correction helps, above it harms; the "
-               "lower row is the share of the error that each correction removes in each layer (1 = all of it, below "
-               "0 = worse than plain eviction), with 95 % block-bootstrap intervals.")
+HOW_TO_READ = ("Points are means of 64 steps of one head: below the diagonal the correction helps, above it harms; lines "
+               "are the share of the error that each correction removes in each layer (1 = all of it, below 0 = worse "
+               "than plain eviction), with 95 % block-bootstrap intervals.")
 BY_BUDGET = True
 N_COLUMNS = {"single": 1, "double": 4}
 N_POINTS = 600  # per method and compensator
@@ -111,7 +111,7 @@ def draw(results, budget=None, style="double", frames=None):
 
 def interactive(results, frames):
     out = {}
-    for label in dict.fromkeys(frames["points"]["label"]):
+    for label in shown_first(results, list(dict.fromkeys(frames["points"]["label"]))):
         points = frames["points"][frames["points"]["label"] == label]
         share = frames["by_layer"][frames["by_layer"]["label"] == label]
         ends = rounded([points[["error", "error_corrected"]].clip(lower=1e-6).min().min(),
@@ -142,8 +142,8 @@ def interactive(results, frames):
                 "hovertemplate": f"<b>{name}</b><br>layer %{{x}}<br>removes %{{y:.1%}}<extra></extra>"})
         out[label] = {"data": traces, "layout": {
             "hovermode": "closest", "legend": {"orientation": "h", "y": -0.22},
-            "xaxis": {"type": "log", "domain": [0, 0.44], "anchor": "y", "title": {"text": "error, uncorrected"}},
-            "yaxis": {"type": "log", "anchor": "x", "title": {"text": "error_corrected"}},
+            "xaxis": {**log_axis(ends), "domain": [0, 0.44], "anchor": "y", "title": {"text": "error, uncorrected"}},
+            "yaxis": {**log_axis(ends), "anchor": "x", "title": {"text": "error_corrected"}},
             "xaxis2": {"domain": [0.56, 1], "anchor": "y2", "title": {"text": "layer"}, "dtick": 1
                        if share["layer"].nunique() <= 12 else None},
             "yaxis2": {"anchor": "x2", "title": {"text": "share of the error removed"}, "zeroline": True,
@@ -167,5 +167,5 @@ def note(results, frames):
     n_labels = frames["points"]["label"].nunique()
     if n_labels > N_COLUMNS["double"]:
         parts.append(f"The PDF and SVG show {N_COLUMNS['double']} of {n_labels} methods; "
-                     "`kvreplay figure correction DIR --method LABEL` draws the others.")
+                     "kvreplay figure correction DIR --method LABEL draws the others.")
     return " ".join(parts)

@@ -7,7 +7,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from .. import bootstrap
 from ..style import grid, legend_below, looks, paper, plain_log, shown_name
 from ..tables import pooled
-from .common import (axis_names, configurations, group_title, groups_present, handles, log_if_wide, look_or_grey,
+from .common import (axis_names, configurations, group_title, groups_present, handles, log_axis, log_if_wide, look_or_grey,
                      named, panel_layout, require, rounded)
 
 NAME = "error_resident"
@@ -121,11 +121,13 @@ def interactive(results, frames):
                 "hovertemplate": "<b>%{fullData.name}</b><br>asked budget %{customdata[0]}<br>%{customdata[3]} %{x:.1f}<br>"
                                  "error_output %{y:.4f}<br>95 %: %{customdata[1]} to %{customdata[2]}<extra></extra>"})
     layout = panel_layout([group_title(g) for g in panels],
-                          {"type": "log"},
-                          {"type": scale, "title": {"text": "error_output"},
-                           **({"rangemode": "tozero"} if scale == "linear" else {})})
+                          {},
+                          {**(log_axis(frame["error_output"]) if scale == "log" else {"rangemode": "tozero"}),
+                           "title": {"text": "error_output"}})
     for i, group in enumerate(panels):
-        layout["xaxis" if i == 0 else f"xaxis{i + 1}"]["title"] = {"text": f"mean {_memory(group)} tokens"}
+        tokens = frame[frame["group"] == group]["tokens"]
+        layout["xaxis" if i == 0 else f"xaxis{i + 1}"].update(
+            log_axis(tokens, base=2), title={"text": f"mean {_memory(group)} tokens"})
         if i > 0:
             layout[f"yaxis{i + 1}"]["matches"] = "y"
     return {"": {"data": traces, "layout": layout}}

@@ -77,7 +77,7 @@ def interactive(results, frames):
     frame = frames["heads"]
     top = float(np.nanmax(frame["error_output"])) if frame["error_output"].notna().any() else 1.0
     out = {}
-    for label in dict.fromkeys(frame["label"]):
+    for label in shown_first(results, list(dict.fromkeys(frame["label"]))):
         matrix = _matrix(frame, label)
         out[label] = {"data": [{
             "type": "heatmap", "z": [rounded(row) for row in matrix.to_numpy(dtype=float)],
@@ -97,5 +97,5 @@ def note(results, frames):
     n_labels = frames["heads"]["label"].nunique()
     if n_labels > N_PANELS["double"]:
         return (f"The PDF and SVG show {N_PANELS['double']} of {n_labels} methods; "
-                "`kvreplay figure heads DIR --method LABEL` draws the others.")
+                "kvreplay figure heads DIR --method LABEL draws the others.")
     return ""

@@ -5,7 +5,7 @@ import pandas as pd
 
 from ..errors import Absent
 from ..style import grid, legend_below, looks, paper, plain_log, shown_name
-from .common import (at_budget, axis_names, group_title, groups_present, handles, named, panel_layout, require,
+from .common import (at_budget, axis_names, group_title, groups_present, handles, log_axis, named, panel_layout, require,
                      rounded, thin)
 
 NAME = "mass_error"
@@ -83,8 +83,10 @@ def interactive(results, frames):
                 "hovertemplate": "<b>%{fullData.name}</b><br>%{text}<br>evicted mass %{x:.4f}<br>error %{y:.4f}"
                                  "<extra></extra>"})
     layout = panel_layout([group_title(g) for g in panels],
-                          {"type": "log", "title": {"text": "evicted_mass"}},
-                          {"type": "log", "title": {"text": "error"}})
+                          {**log_axis(frame["evicted_mass"]), "title": {"text": "evicted_mass"}},
+                          {**log_axis(frame["error"]), "title": {"text": "error"}})
+    for i in range(1, len(panels)):
+        layout[f"xaxis{i + 1}"]["matches"], layout[f"yaxis{i + 1}"]["matches"] = "x", "y"
     return {"": {"data": traces, "layout": layout}}
 
 

@@ -82,8 +82,10 @@ def interactive(results, frames):
                                      "dash": "dot" if mine.oracle else mine.plotly_dash},
                 "hovertemplate": "<b>%{fullData.name}</b><br>%{y:.0%} of values below %{x:.3f}<extra></extra>"})
     layout = panel_layout([group_title(g) for g in panels],
-                          {"title": {"text": "1 − cos(f_R, f_E)"}, "rangemode": "tozero"},
+                          {"title": {"text": "1 − cos(f_R, f_E)"}},
                           {"title": {"text": "share of values below"}, "range": [0, 1]})
+    for i in range(1, len(panels)):
+        layout[f"xaxis{i + 1}"]["matches"] = "x"
     layout["shapes"] = [{"type": "line", "xref": axis_names(i)[0], "yref": axis_names(i)[1], "x0": 1, "x1": 1, "y0": 0,
                          "y1": 1, "line": {"color": "#8a8a8a", "width": 1, "dash": "dash"}} for i in range(len(panels))]
     return {"": {"data": traces, "layout": layout}}

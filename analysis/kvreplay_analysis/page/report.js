@@ -39,9 +39,9 @@
       if (/^[xy]axis/.test(key)) { out[key] = {...plain, ...out[key]}; }
     }
     const rows = Math.ceil(nEntries / 5);
-    return {...out, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: 430 + 21 * rows,
+    return {...out, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: 440 + 21 * rows,
       font: {color: of("--text"), size: 12, family: "system-ui, 'DejaVu Sans', sans-serif"},
-      margin: {l: 64, r: 16, t: 34, b: 60}, hoverlabel: {bgcolor: of("--raised"), bordercolor: of("--line"),
+      margin: {l: 64, r: 16, t: 58, b: 60}, modebar: {bgcolor: "rgba(0,0,0,0)", color: of("--dim"), activecolor: of("--text")}, hoverlabel: {bgcolor: of("--raised"), bordercolor: of("--line"),
       font: {color: of("--text")}, align: "left", namelength: -1}, legend: {...out.legend, yanchor: "top"}};
   }
 
