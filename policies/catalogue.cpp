@@ -7,20 +7,28 @@
 
 namespace kvreplay {
 
-extern const PartInfo full, streaming, h2o, tova, momentum;
+extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, given,
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi;
 
 namespace {
 
-constexpr std::array kParts = {
-    &full, &streaming, &h2o, &tova, &momentum,
+constexpr const PartInfo* kParts[] = {
+    &full,  &random,      &streaming,     &h2o,   &tova, &snapkv,  &knorm, &keydiff, &momentum,
+    &given, &oracle_mass, &oracle_greedy, &quest, &topk, &uniform, &adakv, &pyramid, &kivi,
 };
 
-constexpr std::array kPresets = {
-    Preset{"moment-kv", "momentum",
-           "Moment-KV: decayed sum of attention over decode tokens, the prompt pinned; not to be "
-           "confused "
-           "with MomentKV (preset momentkv), which keeps statistical moments of the evicted tokens",
-           "arXiv:2605.29873", ""},
+constexpr Preset kPresets[] = {
+    {"moment-kv", "momentum",
+     "Moment-KV: decayed sum of attention over decode tokens, the prompt pinned; not MomentKV "
+     "(preset "
+     "momentkv), which keeps statistical moments of the evicted tokens",
+     "arXiv:2605.29873", "as the part momentum says"},
+    {"snapkv-official", "snapkv:obs_window=32,pooling=max,kernel=7",
+     "SnapKV with the values of its authors' code", "arXiv:2404.14469",
+     "one set per KV head by the group's mean; means over the window where some codes sum, which "
+     "ranks alike"},
+    {"oracle_topk", "full+topk",
+     "a reference for choosing at every step: the tokens of highest true attention", "", ""},
 };
 
 constexpr std::string_view kScopes[] = {"kv_head", "layer", "query_head"};
@@ -69,14 +77,14 @@ std::span<const ParamInfo> engine_keys() { return kEngineKeys; }
 
 const PartInfo* find_part(std::string_view name) {
   const auto it =
-      std::find_if(kParts.begin(), kParts.end(), [&](auto* p) { return p->name == name; });
-  return it == kParts.end() ? nullptr : *it;
+      std::find_if(std::begin(kParts), std::end(kParts), [&](auto* p) { return p->name == name; });
+  return it == std::end(kParts) ? nullptr : *it;
 }
 
 const Preset* find_preset(std::string_view name) {
-  const auto it =
-      std::find_if(kPresets.begin(), kPresets.end(), [&](auto& p) { return p.name == name; });
-  return it == kPresets.end() ? nullptr : &*it;
+  const auto it = std::find_if(std::begin(kPresets), std::end(kPresets),
+                               [&](auto& p) { return p.name == name; });
+  return it == std::end(kPresets) ? nullptr : &*it;
 }
 
 std::string nearest(std::string_view name, std::span<const std::string> valid) {
