@@ -43,6 +43,8 @@ struct Needs {
   bool pre_rope = false;          // keys and queries before RoPE
   std::string scores;             // an external score stored in the trace under this name
   std::string evicted_at;         // a file of recorded evictions
+  bool future_attention = false;  // Future::attention_to_come: oracles only
+  bool future_outputs = false;    // Future::horizon: oracles only
 };
 
 // The set that a part is made for. Parts keep their state by position, so that eviction moves nothing.
@@ -55,6 +57,7 @@ struct SetShape {
   Pos n_tokens = 0, prompt_len = 0;
   int budget = 0;             // tokens per set as asked for, before any allocator; at least 1
   int element_bytes = 2;      // of one stored number in the trace
+  float scale = 1;            // softmax scale of the trace; View::queries has it folded in
   std::uint64_t seed = 0;
   // Where the part asked for them (Needs): per lane (n_tokens) external scores; (n_tokens) first decode step without.
   std::vector<std::vector<float>> scores;
@@ -70,10 +73,13 @@ class View {
   int budget = 0;              // slots this set may keep, as allocated
   std::span<const Pos> pos;    // (n_slots) ascending: slot i is older than slot i + 1
   bool at_prefill() const { return now < prompt_len; }
+  std::span<const Pos> rewritten;  // tokens whose key or value was rewritten since the previous step
 
   // Softmax weights of the current queries over all that is resident, reduced over the query heads of the set as its
   // `group` key says: (n_slots).
   virtual void attention(std::span<float> out) const = 0;
+  // The same of one query head: (n_slots).
+  virtual void head_attention(int lane, int head, std::span<float> out) const = 0;
   virtual VecF key(int lane, int slot) const = 0;    // (head_dim) as stored now
   virtual VecF value(int lane, int slot) const = 0;  // (v_head_dim)
   // The last `last` queries up to now, oldest first, heads of one token adjacent: (last * n_heads, head_dim).
@@ -189,9 +195,11 @@ struct EvictedBlock {
   std::span<const Loss> losses;  // of this block, in order of step
   const MomentRows& moments;     // kept once per lane, shared by all compensators beside each other
 };
+struct MomentNeeds;
 class Compensator {
  public:
   virtual ~Compensator() = default;
+  virtual MomentNeeds needs() const = 0;  // of EvictedBlock::moments
   virtual void estimate(const EvictedBlock&, Estimate& out) = 0;
   virtual double state_bytes() const = 0;  // per KV head
 };
