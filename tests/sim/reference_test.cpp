@@ -104,7 +104,7 @@ TEST_CASE("error squared is parallel squared plus orthogonal squared") {
   const SelectionRequest h2o = request(reference_h2o(), 8);
   MetricsRequest m;
   m.attends = attends_from(layer, Scope::kv_head, reference_selection(layer, h2o).evicted_at);
-  const Series s = reference_metrics(layer, m);
+  const NamedSeries s = reference_metrics(layer, m);
   each(s.at("error_parallel"), [&](Eigen::Index i) {
     const double parallel = s.at("error_parallel").data()[i],
                  orthogonal = s.at("error_orthogonal").data()[i];
@@ -125,7 +125,7 @@ TEST_CASE("one evicted token is given back exactly, by every compensator") {
   MetricsRequest m;
   m.attends = [](int, int, Pos pos) { return pos != 7; };
   m.measured = three();
-  const Series s = reference_metrics(layer, m);
+  const NamedSeries s = reference_metrics(layer, m);
   for (const char* name : {"mean", "moments", "gaussian"}) {
     each(s.at(std::string("error_corrected.") + name), [&](Eigen::Index i) {
       CHECK(s.at(std::string("error_corrected.") + name).data()[i] < 1e-13);
@@ -140,7 +140,7 @@ TEST_CASE("equal keys are given back exactly") {
   MetricsRequest m;
   m.attends = [](int, int, Pos pos) { return pos % 2 == 0; };
   m.measured = three();
-  const Series s = reference_metrics(layer, m);
+  const NamedSeries s = reference_metrics(layer, m);
   for (const char* name : {"mean", "moments", "gaussian"}) {
     each(s.at(std::string("error_corrected.") + name), [&](Eigen::Index i) {
       CHECK(s.at(std::string("error_corrected.") + name).data()[i] < 1e-13);
@@ -170,7 +170,7 @@ TEST_CASE(
   MetricsRequest m;
   m.attends = [](int, int step, Pos pos) { return pos < 2 || pos > step + 10; };
   m.measured = three();
-  const Series s = reference_metrics(layer, m);
+  const NamedSeries s = reference_metrics(layer, m);
   each(s.at("log_mass_ratio.moments"),
        [&](Eigen::Index i) { CHECK(s.at("log_mass_ratio.moments").data()[i] > -1e-12); });
 
@@ -226,7 +226,7 @@ TEST_CASE("nothing evicted is no error, and rows without usable retained mass ar
   MetricsRequest m;
   m.attends = [](int, int, Pos) { return true; };
   m.measured = three();
-  const Series s = reference_metrics(layer, m);
+  const NamedSeries s = reference_metrics(layer, m);
   for (const char* name : {"evicted_mass", "error", "error_output", "error_corrected.moments"}) {
     CHECK(s.at(name).isZero(0));
   }
@@ -236,7 +236,7 @@ TEST_CASE("nothing evicted is no error, and rows without usable retained mass ar
   const ToyLayer huge = toy(1, ToyKind::huge_logits);
   const SelectionRequest streaming = request(reference_streaming(), 6);
   m.attends = attends_from(huge, Scope::kv_head, reference_selection(huge, streaming).evicted_at);
-  const Series of_huge = reference_metrics(huge, m);
+  const NamedSeries of_huge = reference_metrics(huge, m);
   const auto left_out = of_huge.at("error").array().isNaN().count();
   CHECK(left_out > 10);
   CHECK(left_out < of_huge.at("error").size());
@@ -247,7 +247,7 @@ TEST_CASE("errors after the projection are those of the heads together") {
   layer.w_o = MatD::Identity(24, 24);  // two heads of 12 values
   MetricsRequest m;
   m.attends = [](int, int step, Pos pos) { return pos > step; };
-  const Series s = reference_metrics(layer, m);
+  const NamedSeries s = reference_metrics(layer, m);
   for (int step = 0; step < layer.n_steps(); ++step) {
     double wrong = 0, size = 0;
     for (int h = 0; h < 2; ++h) {
@@ -407,7 +407,7 @@ TEST_CASE("the greedy oracle with one step ahead picks the eviction that a searc
       m.attends = [&](int, int, Pos i) {
         return i > layer.options.prompt_len || (greedy.evicted_at(kv, i) > 0 && i != pos);
       };
-      const Series s = reference_metrics(layer, m);
+      const NamedSeries s = reference_metrics(layer, m);
       double harm = 0;
       for (int h = 2 * kv; h < 2 * kv + 2; ++h) {
         const Pos now = layer.options.prompt_len + 1;

@@ -311,8 +311,8 @@ ReferenceEstimate estimate(const ReferenceCompensator& c, const EvictedStatistic
   return e;
 }
 
-Series reference_metrics(const ToyLayer& layer, const MetricsRequest& request) {
-  Series series;
+NamedSeries reference_metrics(const ToyLayer& layer, const MetricsRequest& request) {
+  NamedSeries series;
   const auto put = [&](const std::string& name, Eigen::Index row, Eigen::Index rows, int step,
                        double x) {
     MatD& m = series[name];

@@ -77,8 +77,8 @@ struct MetricsRequest {
 
 // Per metric (compensated ones as "error_corrected.NAME"): (n_heads, n_steps), NaN where the step
 // is left out. After the projection, "layer.error" and so on: (1, n_steps).
-using Series = std::map<std::string, MatD>;
-Series reference_metrics(const ToyLayer& layer, const MetricsRequest& request);
+using NamedSeries = std::map<std::string, MatD>;
+NamedSeries reference_metrics(const ToyLayer& layer, const MetricsRequest& request);
 
 // Slots that are resident at a step, summed over the sets of each KV head: (n_kv_heads, n_steps).
 MatD reference_resident(const ToyLayer& layer, Scope scope, const Evicted& evicted_at);
