@@ -53,7 +53,7 @@ struct Method {
   std::string label;   // as typed
   std::string name;    // canonical: presets expanded, defaults omitted, keys in table order
   std::string preset;  // empty if none
-  std::optional<PartUse> prefill_select;  // cuts the prompt to prefill_budget, then stands
+  std::optional<PartUse> prefill_select;  // cuts the prompt to prefill_budget (none: the run's), then stands
   Traits prefill_traits;
   Budget prefill_budget;
   PartUse select;
@@ -63,8 +63,9 @@ struct Method {
   bool budgeted() const;  // full without a reader is not
   Foresight foresight() const;
   Needs needs() const;    // union over the parts; none of the prompt's queries if the prompt is pinned
-  // Values the user wrote that do not fit this budget, and each part's own check; ConfigError.
-  void check(int budget) const;
+  // Values the user wrote that do not fit this budget, and each part's own check; ConfigError. prompt_budget: the
+  // prefill selector's, in tokens; 0 if it has none of its own.
+  void check(int budget, int prompt_budget = 0) const;
 };
 
 // ConfigError names the offending piece, what is allowed and the nearest valid name.
