@@ -48,6 +48,14 @@ class TorchReplay(unittest.TestCase):
     def test_momentum(self):
         self.compare(torch_replay.replay_momentum, numpy_replay.momentum, lambda budget: [0.0, 0.5, 0.97, 1.0])
 
+    def test_h2o_by_blocks(self):
+        self.compare(lambda *args: torch_replay.replay_blocks(*args, "h2o"), numpy_replay.h2o,
+                     lambda budget: [0, budget // 4, budget // 2])
+
+    def test_momentum_by_blocks(self):
+        self.compare(lambda *args: torch_replay.replay_blocks(*args, "momentum"), numpy_replay.momentum,
+                     lambda budget: [0.0, 0.5, 0.97, 1.0])
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -182,6 +182,69 @@ def replay_momentum(layer, budget, alphas):
     return errors.mean()
 
 
+def replay_blocks(layer, budget, values, method):
+    """The same results by kvreplay's own plan, as far as PyTorch can follow it.
+
+    A block's attention weights, up to their normaliser, are the same under every configuration: they are computed once
+    and gathered. A configuration's doing in a block is a table of columns (what it held, then the block's own tokens);
+    an eviction clears the rest of a column, and all outputs of the block are one product. Only the selection is left in
+    the loop over steps.
+    """
+    h2o = method == "h2o"
+    n_configs, n_heads, n_group, dim = len(values), layer.n_kv_heads, layer.group_size, layer.head_dim
+    n_sets = n_heads if h2o else 1  # sets in a layer; a set of the whole layer serves all of its heads
+    window = torch.tensor(values if h2o else [0] * n_configs)[:, None, None]
+    decay = None if h2o else torch.tensor(values, dtype=torch.float32)[:, None, None]
+    if h2o:
+        mass = prompt_column_mass(layer).expand(n_configs, -1, -1)
+        latest = torch.arange(layer.prompt_len) >= layer.prompt_len - window
+        pos = mass.masked_fill(latest, INF).topk(min(budget, layer.prompt_len)).indices.sort().values
+        score = mass.gather(2, pos)
+    else:
+        pos = torch.empty(n_configs, n_sets, 0, dtype=torch.int64)
+        score = torch.empty(n_configs, n_sets, 0)
+    pinned = 0 if h2o else layer.prompt_len
+    resident = pos.shape[2]
+    errors = Errors(n_configs, layer)
+    for begin, end in blocks(layer.prompt_len, layer.n_tokens):
+        steps = end - begin
+        shared = causal_logits(layer, begin, end)
+        shared.sub_(shared.amax(-1, keepdim=True)).exp_()  # (H, S * G, end)
+        exact = torch.bmm(shared, layer.v[:, :end]).div_(shared.sum(-1, keepdim=True)).view(n_heads, steps, n_group, dim)
+        pinned_sum = shared[:, :, :pinned].sum(-1).view(n_heads, steps, n_group)
+        pinned_out = torch.bmm(shared[:, :, :pinned], layer.v[:, :pinned])
+
+        columns = torch.cat([pos, torch.arange(begin, end).expand(n_configs, n_sets, steps)], 2)  # (C, sets, N)
+        n = columns.shape[2]
+        score = torch.cat([score, torch.zeros(n_configs, n_sets, steps)], 2)
+        gone = torch.zeros(n_configs, n_sets, n, dtype=torch.bool)
+        of_head = columns.expand(n_configs, n_heads, n)
+        weights = shared.view(n_heads, steps * n_group, end).expand(n_configs, -1, -1, -1).gather(
+            3, of_head[:, :, None].expand(-1, -1, steps * n_group, -1)).view(n_configs, n_heads, steps, n_group, n)
+        sums = torch.empty(n_configs, n_heads, steps, n_group)
+        for s in range(steps):
+            row = weights[:, :, s]  # (C, H, G, N)
+            sums[:, :, s] = row.sum(-1) + pinned_sum[:, s]
+            attention = torch.matmul(sums[:, :, s].reciprocal()[:, :, None], row)[:, :, 0]  # (C, H, N), group summed
+            if h2o:
+                score += attention
+            else:
+                score.mul_(decay).add_(attention.mean(1, keepdim=True), alpha=1 / n_group)
+            resident += 1
+            if resident > budget:
+                victim = score.masked_fill(gone | (columns > begin + s - window), INF).argmin(-1, keepdim=True)
+                gone.scatter_(2, victim, True)
+                weights[:, :, s + 1:].scatter_(
+                    4, victim[:, :, None, None].expand(n_configs, n_heads, steps - s - 1, n_group, 1), 0)
+                resident -= 1
+        held = layer.v[torch.arange(n_heads)[:, None], of_head].flatten(0, 1)  # (C * H, N, D)
+        outputs = torch.bmm(weights.view(-1, steps * n_group, n), held).view(n_configs, n_heads, -1, dim) + pinned_out
+        errors.add(exact, outputs.view(n_configs, n_heads, steps, n_group, dim).div_(sums[..., None]))
+        stays = (~gone).nonzero()[:, 2].view(n_configs, n_sets, resident)
+        pos, score = columns.gather(2, stays), score.gather(2, stays)
+    return errors.mean()
+
+
 METHODS = {"h2o": (replay_h2o, int), "momentum": (replay_momentum, float)}
 
 
@@ -192,6 +255,8 @@ def main():
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--budget", type=int, required=True)
     parser.add_argument("--values", required=True, help="comma list: windows in tokens for h2o, alphas for momentum")
+    parser.add_argument("--plan", choices=["steps", "blocks"], default="steps",
+                        help="steps: a cache as a decoder holds it, one step at a time; blocks: kvreplay's own plan")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 
@@ -201,9 +266,12 @@ def main():
     values = [convert(value) for value in args.values.split(",")]
     with torch.inference_mode():
         start = time.perf_counter()
-        errors = replay(layer, args.budget, values)
+        if args.plan == "steps":
+            errors = replay(layer, args.budget, values)
+        else:
+            errors = replay_blocks(layer, args.budget, values, args.method)
         seconds = time.perf_counter() - start
-    json.dump({"method": args.method, "values": values, "error": errors, "seconds": seconds,
+    json.dump({"method": args.method, "plan": args.plan, "values": values, "error": errors, "seconds": seconds,
                "torch": torch.__version__, "threads": args.threads}, sys.stdout)
     print()
 
