@@ -136,8 +136,8 @@ double norm_spread(std::span<const float> keys, std::size_t d, const Rope& rope,
 // Mean resultant length of the pairs after turning each key back by position * inv_freq * factor;
 // only pairs that turn at least once over the trace can tell.
 double resultant(std::span<const float> keys, std::size_t d, const Rope& rope,
-                 std::span<const std::int32_t> positions, double factor) {
-  const Pairs pairs = pairs_of(rope.style, rope.rotary_dim);
+                 const std::string& style, std::span<const std::int32_t> positions, double factor) {
+  const Pairs pairs = pairs_of(style, rope.rotary_dim);
   const std::size_t n = keys.size() / d;
   const double length = static_cast<double>(positions[n - 1]) - static_cast<double>(positions[0]);
   double total = 0;
@@ -162,18 +162,24 @@ double resultant(std::span<const float> keys, std::size_t d, const Rope& rope,
   return used > 0 ? total / used : 0;
 }
 
-const char* verdict(double right, double wrong, bool larger_is_right) {
+constexpr const char* kSupports = "supports";
+constexpr const char* kContradicts = "contradicts";
+constexpr const char* kSaysNothing = "says nothing about";
+
+std::string verdict(double declared, double other) {
   constexpr double kMargin = 1.1;  // less than this is noise on short traces
-  const double a = larger_is_right ? right : wrong, b = larger_is_right ? wrong : right;
-  return a > kMargin * b ? "supports" : b > kMargin * a ? "contradicts" : "says nothing";
+  return declared > kMargin * other   ? kSupports
+         : other > kMargin * declared ? kContradicts
+                                      : kSaysNothing;
 }
 
 RopeEvidence rope_evidence(const TraceReader& trace, int layer) {
   const TraceInfo& info = trace.info();
+  const Rope& rope = info.rope;
   const std::size_t d = size(info.head_dim);
   const Pos n = std::min(info.n_tokens, kEvidenceTokens);
   const std::string other =
-      info.rope.style == schema::kStyleHalf ? schema::kStyleInterleaved : schema::kStyleHalf;
+      rope.style == schema::kStyleHalf ? schema::kStyleInterleaved : schema::kStyleHalf;
   RopeEvidence evidence;
   evidence.layer = layer;
   struct Reading {
@@ -191,20 +197,27 @@ RopeEvidence rope_evidence(const TraceReader& trace, int layer) {
   const double share = 1.0 / info.n_kv_heads;
   for (int kv_head = 0; kv_head < info.n_kv_heads; ++kv_head) {
     trace.read_k(layer, kv_head, 0, n, keys);
-    evidence.spread_declared += share * norm_spread(keys, d, info.rope, info.rope.style);
-    evidence.spread_other_pairing += share * norm_spread(keys, d, info.rope, other);
-    evidence.resultant_declared += share * resultant(keys, d, info.rope, info.positions, 1.0);
+    evidence.spread_declared += share * norm_spread(keys, d, rope, rope.style);
+    evidence.spread_other_pairing += share * norm_spread(keys, d, rope, other);
+    evidence.resultant_declared +=
+        share * resultant(keys, d, rope, rope.style, info.positions, 1.0);
+    evidence.resultant_other_pairing +=
+        share * resultant(keys, d, rope, other, info.positions, 1.0);
     for (std::size_t i = 0; i < evidence.perturbed.size(); ++i) {
       evidence.perturbed[i].resultant +=
-          share * resultant(keys, d, info.rope, info.positions, kReadings[i].factor);
+          share * resultant(keys, d, rope, rope.style, info.positions, kReadings[i].factor);
     }
   }
   double best = 0;
   for (const RopeEvidence::Perturbed& perturbed : evidence.perturbed) {
     best = std::max(best, perturbed.resultant);
   }
-  evidence.pairing = verdict(evidence.spread_declared, evidence.spread_other_pairing, false);
-  evidence.frequencies = verdict(evidence.resultant_declared, best, true);
+  // Norms tell the pairings apart by a few percent only, so that both statistics must agree.
+  const bool steadier = evidence.spread_declared < evidence.spread_other_pairing;
+  const std::string pairing =
+      verdict(evidence.resultant_declared, evidence.resultant_other_pairing);
+  evidence.pairing = pairing == (steadier ? kSupports : kContradicts) ? pairing : kSaysNothing;
+  evidence.frequencies = verdict(evidence.resultant_declared, best);
   return evidence;
 }
 
@@ -273,10 +286,11 @@ std::string VerifyReport::text() const {
   }
   for (const RopeEvidence& one : evidence) {
     text += fmt::format(
-        "layer {:<3} evidence only: spread of pair norms {:.3f} as declared, {:.3f} with the other "
-        "pairing ({} the declared style); resultant of un-rotated keys {:.3f} as declared",
-        one.layer, one.spread_declared, one.spread_other_pairing, one.pairing,
-        one.resultant_declared);
+        "layer {:<3} evidence only: pair norms vary by {:.3f} as declared, {:.3f} with the other "
+        "pairing; un-rotated keys agree to {:.3f} as declared, {:.3f} with the other pairing ({} "
+        "the declared style)",
+        one.layer, one.spread_declared, one.spread_other_pairing, one.resultant_declared,
+        one.resultant_other_pairing, one.pairing);
     for (const RopeEvidence::Perturbed& perturbed : one.perturbed) {
       text += fmt::format(", {:.3f} {}", perturbed.resultant, perturbed.what);
     }

@@ -24,13 +24,14 @@ struct RopeEvidence {
   int layer = 0;
   double spread_declared = 0,
          spread_other_pairing = 0;  // mean std / mean of pair norms over tokens; smaller is right
-  double resultant_declared = 0;    // mean resultant length of un-rotated pairs; larger is right
+  // Mean resultant length of un-rotated pairs; larger is right.
+  double resultant_declared = 0, resultant_other_pairing = 0;
   struct Perturbed {
     std::string what;
     double resultant = 0;
   };
   std::vector<Perturbed> perturbed;
-  std::string pairing, frequencies;  // "supports", "contradicts" or "says nothing"
+  std::string pairing, frequencies;  // "supports", "contradicts" or "says nothing about"
 };
 
 struct VerifyReport {
