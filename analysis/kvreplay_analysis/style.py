@@ -109,9 +109,20 @@ def looks(results):
     return out
 
 
-def compensator_look(name):
-    key = zlib.crc32(name.encode())
-    return COMPENSATORS.get(name, (_SPARE_COLOURS[key % len(_SPARE_COLOURS)], _SPARE_MARKERS[key % 11]))
+def compensator_look(text):
+    """(colour, marker) of a compensator: the colour of its kind; a variant has a marker of its own."""
+    name = text.split(":")[0]
+    key = zlib.crc32(text.encode())
+    colour, marker = COMPENSATORS.get(name, (_SPARE_COLOURS[key % len(_SPARE_COLOURS)], "o"))
+    return colour, marker if text == name else _SPARE_MARKERS[3 + key % (len(_SPARE_MARKERS) - 3)]
+
+
+def plotly_marker(marker):
+    return _PLOTLY_MARKER[marker]
+
+
+def compensator_title(text):
+    return COMPENSATOR_TITLES.get(text, text)
 
 
 def shown_name(label, foresight):

@@ -155,3 +155,16 @@ def test_same_figure_same_bytes(tmp_path):
             plt.close("all")
             assert first == second, (module.NAME, format)
             assert b"CreationDate" not in first and b"<dc:date>" not in first
+
+
+def test_compensators_with_parameters(tmp_path):
+    import fake_results
+
+    from kvreplay_analysis import load
+
+    asked = ["moments", "gaussian:cov=full,clip=0", "moments:state=f16"]
+    results = load(fake_results.write(tmp_path / "r", fake_results.Plan(
+        methods=fake_results.Plan().methods[3:4], budgets=[32], layers=[0], compensators=asked)))
+    assert results.compensators == ["moments", "moments:state=f16", "gaussian:cov=full,clip=0"]
+    assert set(figures.correction.data(results)["by_layer"]["compensator"]) == set(asked)
+    figures.correction.draw(results)
