@@ -1,0 +1,27 @@
+// Every part and preset, in the order tables print them. A new part is two mentions in catalogue.cpp and a line in
+// CMakeLists.txt.
+#pragma once
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "policies/part.hpp"
+
+namespace kvreplay {
+
+struct Preset {
+  std::string_view name, expansion, summary, paper, deviation;
+};
+
+std::span<const PartInfo* const> all_parts();
+std::span<const Preset> all_presets();
+const PartInfo* find_part(std::string_view name);  // nullptr if there is none
+const Preset* find_preset(std::string_view name);
+
+// The keys that every selector takes beside its own: a table over Traits.
+std::span<const ParamInfo> engine_keys();
+
+// The valid name closest to `name`, for error messages.
+std::string nearest(std::string_view name, std::span<const std::string> valid);
+
+}  // namespace kvreplay
