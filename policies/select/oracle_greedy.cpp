@@ -28,6 +28,8 @@ class OracleGreedy final : public OracleSelector {
       number<&Config::horizon>("horizon", 1, kUnbounded, "decode steps that count", Scale::log),
   };
 
+  static Needs needs(const Config&) { return {.future_outputs = true}; }
+
   OracleGreedy(const Config& config, const SetShape&) : horizon_(config.horizon) {}
   void reveal(const Future& future) override { future_ = &future; }
 

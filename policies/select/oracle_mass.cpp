@@ -14,6 +14,8 @@ class OracleMass final : public OracleSelector {
   static constexpr Foresight kForesight = Foresight::oracle;
   static constexpr std::array<ParamInfo, 0> kParams{};
 
+  static Needs needs(const Config&) { return {.future_attention = true}; }
+
   OracleMass(const Config&, const SetShape&) {}
   void reveal(const Future& future) override { future_ = &future; }
   void score(const View& view, std::span<float> out) override {
