@@ -16,7 +16,7 @@ namespace {
 
 // Four resident tokens at a time: k . a, k . b and v . c of each in one pass, all that an eviction asks of them.
 using Four = Eigen::Array4d;
-typedef float Lanes __attribute__((vector_size(64)));  // 16 sums side by side, kept in registers
+using Lanes __attribute__((vector_size(64))) = float;  // 16 sums side by side, kept in registers
 struct Dots {
   Four k_a, k_b, v_c;
 };
