@@ -7,6 +7,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "policies/column_mass.hpp"
 #include "policies/moments.hpp"
 #include "policies/part.hpp"
 #include "policies/protect.hpp"
@@ -32,8 +33,8 @@ Four sums(const Lanes (&x)[4]) {
   return part.colwise().sum().transpose().cast<double>();
 }
 
-Dots dots(const float* const (&k)[4], const float* a, const float* b, int n, const float* const (&v)[4],
-          const float* c, int m) {
+Dots dots(const float* const (&k)[4], const float* a, const float* b, int n, const float* const (&v)[4], const float* c,
+          int m) {
   Lanes ka[4] = {}, kb[4] = {}, vc[4] = {};
   int i = 0, j = 0;
   for (; i + 16 <= n; i += 16) {
@@ -62,7 +63,9 @@ Dots dots(const float* const (&k)[4], const float* a, const float* b, int n, con
       d.k_a[s] += static_cast<double>(k[s][r] * a[r]);
       d.k_b[s] += static_cast<double>(k[s][r] * b[r]);
     }
-    for (int r = j; r < m; ++r) { d.v_c[s] += static_cast<double>(v[s][r] * c[r]); }
+    for (int r = j; r < m; ++r) {
+      d.v_c[s] += static_cast<double>(v[s][r] * c[r]);
+    }
   }
   return d;
 }
@@ -79,33 +82,24 @@ class Residual final : public Selector {
   static constexpr std::string_view kName = "residual";
   static constexpr std::string_view kSummary =
       "attention times the part of the value that moments of the evicted do not predict";
-  static constexpr std::string_view kPaper = "Li et al., MomentKV, arXiv:2606.01563";
+  static constexpr std::string_view kPaper = "arXiv:2606.01563";
   static constexpr std::string_view kDeviation =
       "The paper's decode step protects nothing (window=0) and scores the prompt in chunks of 4 "
-      "(chunk=4). How it "
-      "applies the score to the prompt, and how it reduces a query group, it does not say: here "
-      "the prompt is cut by "
-      "attention, then ranked again with the moments of that cut (rerank=0: by attention alone), "
-      "and the group's mean "
-      "attention counts. Moments are float32, centred, and never stale. In layer scope the lanes' "
-      "residuals are one "
-      "long vector.";
+      "(chunk=4). How it applies the score to the prompt, and how it reduces a query group, it "
+      "does not say: here the prompt is cut by attention, then ranked again with the moments of "
+      "that cut (rerank=0: by attention alone), and the group's mean attention counts. Moments "
+      "are float32, centred, and never stale. In layer scope the lanes' residuals are one long "
+      "vector.";
   static constexpr std::array kParams = {
       number<&Config::sink>("sink", 0, kUnbounded, "first tokens that are never evicted"),
-      number<&Config::window>("window", 0, kUnbounded,
-                              "latest tokens never evicted during decode; 0 = the paper"),
-      number<&Config::obs_window>(
-          "obs_window", 1, kUnbounded,
-          "last prompt tokens: they vote on the prompt and survive its cut"),
-      number<&Config::rerank>(
-          "rerank", 0, 8, "times the prompt is ranked again by the residual; 0 = attention alone"),
-      number<&Config::chunk>("chunk", 1, 64,
-                             "adjacent prompt tokens that share their mean score; 4 = the paper"),
-      number<&Config::ewma>("ewma", 0, 0.9999,
-                            "decay of averaged attention; 0 = current queries only, the paper",
+      number<&Config::window>("window", 0, kUnbounded, "latest tokens never evicted during decode; 0 = the paper"),
+      number<&Config::obs_window>("obs_window", 1, kUnbounded,
+                                  "last prompt tokens: they vote on the prompt and survive its cut"),
+      number<&Config::rerank>("rerank", 0, 8, "times the prompt is ranked again by the residual; 0 = attention alone"),
+      number<&Config::chunk>("chunk", 1, 64, "adjacent prompt tokens that share their mean score; 4 = the paper"),
+      number<&Config::ewma>("ewma", 0, 0.9999, "decay of averaged attention; 0 = current queries only, the paper",
                             Scale::one_minus),
-      flag<&Config::accumulate_prefill>("accumulate_prefill",
-                                        "tokens cut from the prompt enter the moments"),
+      flag<&Config::accumulate_prefill>("accumulate_prefill", "tokens cut from the prompt enter the moments"),
   };
   static Traits traits(const Config&) { return {.evict = Order::before_attention}; }
   static Needs needs(const Config& config) {
@@ -120,29 +114,15 @@ class Residual final : public Selector {
         sink_(config.sink.of(shape.budget)),
         window_(config.window.of(shape.budget)),
         obs_window_(std::max(1, config.obs_window.of(shape.budget))),
-        moments_(static_cast<std::size_t>(shape.n_lanes),
-                 Moments(shape.head_dim, shape.v_head_dim)),
+        moments_(static_cast<std::size_t>(shape.n_lanes), Moments(shape.head_dim, shape.v_head_dim)),
         known_(static_cast<std::size_t>(shape.n_tokens)),
         attention_(config.ewma > 0 ? static_cast<std::size_t>(shape.n_tokens) : 0) {}
 
   void prefill(const View& view) override {
-    votes_.assign(static_cast<std::size_t>(view.prompt_len), 0);
     const int queries = std::min<int>(obs_window_, view.prompt_len);
-    Eigen::VectorXd votes = Eigen::VectorXd::Zero(view.prompt_len);
-    for (int lane = 0; lane < view.n_lanes; ++lane) {
-      const MatD mass = view.column_mass(lane, queries);
-      if (view.group == Reduce::max) {
-        votes = votes.cwiseMax(mass.colwise().maxCoeff().transpose());
-      } else {
-        votes += mass.colwise().sum().transpose();
-      }
-    }
-    if (view.group == Reduce::mean) {
-      votes /= view.n_lanes * view.n_heads;
-    }
-    for (std::size_t i = 0; i < votes_.size(); ++i) {
-      votes_[i] = static_cast<float>(votes[static_cast<Eigen::Index>(i)] / queries);
-    }
+    const Eigen::RowVectorXf votes =
+        (reduce_heads(view.group, column_mass_of_set(view, queries)) / queries).cast<float>();
+    votes_.assign(votes.begin(), votes.end());
     for (std::size_t i = 0; i < votes_.size() && config_.ewma > 0; ++i) {
       attention_[i] = {votes_[i], 1};
     }
@@ -177,8 +157,7 @@ class Residual final : public Selector {
   }
 
   void evicted(const View& view, std::span<const int> slots) override {
-    constexpr std::size_t kFew =
-        8;  // more at once: cheaper to start over than to update one by one
+    constexpr std::size_t kFew = 8;  // more at once: cheaper to start over than to update one by one
     if (view.at_prefill()) {
       votes_ = {};
       if (config_.accumulate_prefill) {
@@ -255,8 +234,7 @@ class Residual final : public Selector {
     MatF k, v;  // (slots of the chunk, head_dim), (., v_head_dim)
     for (std::size_t lane = 0; lane < into.size(); ++lane) {
       for (std::size_t i = 0; i < slots.size(); i += kChunk) {
-        gather(view, static_cast<int>(lane), slots.subspan(i, std::min(kChunk, slots.size() - i)),
-               k, v);
+        gather(view, static_cast<int>(lane), slots.subspan(i, std::min(kChunk, slots.size() - i)), k, v);
         into[lane].merge(Moments::of(k, v));
       }
     }
@@ -331,7 +309,9 @@ class Residual final : public Selector {
     const double f = static_cast<double>(c / n_after);
     for (Pos pos : view.pos) {
       Known& x = known_[at(pos)];
-      if (x.r_r >= 0) { x.r_r += 2 * f * x.r_p + f * f * x.p_p; }
+      if (x.r_r >= 0) {
+        x.r_r += 2 * f * x.r_p + f * f * x.p_p;
+      }
       x.r_p += f * x.p_p;
     }
     const int n_slots = static_cast<int>(view.pos.size());
@@ -359,14 +339,18 @@ class Residual final : public Selector {
         const Four more_p_p = t * (2 * p_dv + t * dv_dv);
         for (int s = 0; s < 4 && i + s < n_slots; ++s) {
           Known& x = known_[at(view.pos[at(i + s)])];
-          if (x.r_r >= 0) { x.r_r = std::max(0.0, x.r_r + more_r_r[s]); }
+          if (x.r_r >= 0) {
+            x.r_r = std::max(0.0, x.r_r + more_r_r[s]);
+          }
           x.r_p += more_r_p[s];
           x.p_p += more_p_p[s];
         }
       }
       m.add(k_out, v_out);
     }
-    if (++updates_ >= kUpdates) { forget_all(view); }
+    if (++updates_ >= kUpdates) {
+      forget_all(view);
+    }
   }
 
   void average(const View& view) {
