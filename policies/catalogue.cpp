@@ -7,20 +7,33 @@
 
 namespace kvreplay {
 
-extern const PartInfo full, streaming, h2o, tova, momentum;
+extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, mean, moments, gaussian;
 
 namespace {
 
-constexpr std::array kParts = {
-    &full, &streaming, &h2o, &tova, &momentum,
+constexpr const PartInfo* kParts[] = {
+    &full,     &random,   &streaming, &h2o,         &tova,          &snapkv,   &knorm, &keydiff,
+    &momentum, &residual, &given,     &oracle_mass, &oracle_greedy, &quest,    &topk,  &uniform,
+    &adakv,    &pyramid,  &kivi,      &mean,        &moments,       &gaussian,
 };
 
-constexpr std::array kPresets = {
-    Preset{"moment-kv", "momentum",
-           "Moment-KV: decayed sum of attention over decode tokens, the prompt pinned; not to be "
-           "confused "
-           "with MomentKV (preset momentkv), which keeps statistical moments of the evicted tokens",
-           "arXiv:2605.29873", ""},
+constexpr Preset kPresets[] = {
+    {"momentkv", "residual+adakv+moments",
+     "MomentKV: evicts what the moments of the evicted tokens predict best, and adds their first-order estimate to the "
+     "output; not Moment-KV (preset moment-kv), which is momentum-decayed attention",
+     "arXiv:2606.01563", "as the parts residual, adakv and moments say"},
+    {"moment-kv", "momentum",
+     "Moment-KV: decayed sum of attention over decode tokens, the prompt pinned; not MomentKV "
+     "(preset "
+     "momentkv), which keeps statistical moments of the evicted tokens",
+     "arXiv:2605.29873", "as the part momentum says"},
+    {"snapkv-official", "snapkv:obs_window=32,pooling=max,kernel=7", "SnapKV with the values of its authors' code",
+     "arXiv:2404.14469",
+     "one set per KV head by the group's mean; means over the window where some codes sum, which "
+     "ranks alike"},
+    {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
+     ""},
 };
 
 constexpr std::string_view kScopes[] = {"kv_head", "layer", "query_head"};
@@ -31,15 +44,11 @@ constexpr std::string_view kDecodes[] = {"evict", "grow"};
 
 constexpr std::array kEngineKeys = {
     choice<&Traits::scope>("scope", kScopes, "whose tokens are kept together: one set for each"),
-    choice<&Traits::pool>("pool", kPools,
-                          "decode: the prompt is pinned and the budget counts decode tokens"),
-    choice<&Traits::group>("group", kReductions,
-                           "how the attention of a set's query heads becomes one number"),
-    number<&Traits::interval>("interval", 1, kUnbounded, "evict at every so many decode steps",
-                              Scale::log),
+    choice<&Traits::pool>("pool", kPools, "decode: the prompt is pinned and the budget counts decode tokens"),
+    choice<&Traits::group>("group", kReductions, "how the attention of a set's query heads becomes one number"),
+    number<&Traits::interval>("interval", 1, kUnbounded, "evict at every so many decode steps", Scale::log),
     choice<&Traits::evict>("evict", kOrders, "before or after the attention of the same step"),
-    choice<&Traits::decode>("decode", kDecodes,
-                            "grow: the prompt's cut stands and decode tokens stay"),
+    choice<&Traits::decode>("decode", kDecodes, "grow: the prompt's cut stands and decode tokens stay"),
 };
 
 // Insertions, deletions, substitutions and swaps of neighbours.
@@ -51,8 +60,7 @@ int edit_distance(std::string_view a, std::string_view b) {
         d[i][j] = static_cast<int>(i + j);
         continue;
       }
-      d[i][j] =
-          std::min({d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
+      d[i][j] = std::min({d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
       if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) {
         d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
       }
@@ -68,15 +76,13 @@ std::span<const Preset> all_presets() { return kPresets; }
 std::span<const ParamInfo> engine_keys() { return kEngineKeys; }
 
 const PartInfo* find_part(std::string_view name) {
-  const auto it =
-      std::find_if(kParts.begin(), kParts.end(), [&](auto* p) { return p->name == name; });
-  return it == kParts.end() ? nullptr : *it;
+  const auto it = std::find_if(std::begin(kParts), std::end(kParts), [&](auto* p) { return p->name == name; });
+  return it == std::end(kParts) ? nullptr : *it;
 }
 
 const Preset* find_preset(std::string_view name) {
-  const auto it =
-      std::find_if(kPresets.begin(), kPresets.end(), [&](auto& p) { return p.name == name; });
-  return it == kPresets.end() ? nullptr : &*it;
+  const auto it = std::find_if(std::begin(kPresets), std::end(kPresets), [&](auto& p) { return p.name == name; });
+  return it == std::end(kPresets) ? nullptr : &*it;
 }
 
 std::string nearest(std::string_view name, std::span<const std::string> valid) {

@@ -615,6 +615,8 @@ Needs Method::needs() const {
                                  : std::max(all.prompt_queries, n.prompt_queries);
       }
       all.pre_rope = all.pre_rope || n.pre_rope;
+      all.future_attention = all.future_attention || n.future_attention;
+      all.future_outputs = all.future_outputs || n.future_outputs;
       if (!n.scores.empty()) {
         all.scores = n.scores;
       }
@@ -672,6 +674,28 @@ Method parse_method(const std::string& text, const TableReader& read_table) {
   }
   return m;
 }
+
+PartUse parse_part(const std::string& text, Role role, const TableReader& read_table) {
+  const Piece piece = split_piece(text);
+  const PartInfo* info = find_part(piece.name);
+  if (info == nullptr || info->role != role) {
+    Strings valid;
+    for (const PartInfo* p : all_parts()) {
+      if (p->role == role) {
+        valid.emplace_back(p->name);
+      }
+    }
+    throw ConfigError("no " + role_name(role) + " is called " + quoted(piece.name) +
+                      "; the nearest is " + quoted(nearest(piece.name, valid)));
+  }
+  Phase phase;
+  PartUse use{info, {}};
+  assign(phase, {piece.name, {&use}}, piece, read_table);
+  tidy(use);
+  return use;
+}
+
+std::string canonical(const PartUse& use) { return part_text(use, {}); }
 
 std::vector<std::string> split_methods(const std::string& list) {
   Strings methods;

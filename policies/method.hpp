@@ -71,6 +71,11 @@ struct Method {
 // ConfigError names the offending piece, what is allowed and the nearest valid name.
 Method parse_method(const std::string& text, const TableReader& read_table = {});
 
+// One part by itself, as --compensators takes it; ConfigError if it does not play this role.
+PartUse parse_part(const std::string& text, Role role, const TableReader& read_table = {});
+// The part's canonical text: defaults omitted, keys in table order.
+std::string canonical(const PartUse& use);
+
 // "a,b:x=1,y=2,c" -> {"a", "b:x=1,y=2", "c"}: a piece with "=" and no ":" continues the element before it.
 std::vector<std::string> split_methods(const std::string& list);
 

@@ -8,8 +8,7 @@
 namespace kvreplay {
 namespace {
 
-constexpr int kChunk = 256;  // losses per matrix product
-constexpr int kMany = 128;   // a step that loses more begins a segment of its own
+constexpr std::size_t kChunk = 256;  // losses per matrix product
 
 Eigen::Map<const Eigen::RowVectorXf> row(const float* x, int n) { return {x, n}; }
 
@@ -110,12 +109,14 @@ const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_head
   }
   std::size_t taken = 0;
   for (int begin = 0; begin < steps;) {
-    // Losses of the segment's first step join the state before its products; a few later ones ride
-    // along.
+    // Losses of a segment's first step join the state before its products. Later ones ride along
+    // while they are few and fewer than those before: then the centre is never far off, even at the
+    // start.
     std::size_t first = taken;
     while (first < losses.size() && losses[first].step <= begin) {
       ++first;
     }
+    const double before = n_ + static_cast<double>(first - taken);
     std::size_t last = first;
     int end = steps;
     while (last < losses.size()) {
@@ -123,7 +124,7 @@ const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_head
       while (next < losses.size() && losses[next].step == losses[last].step) {
         ++next;
       }
-      if (next - last > kMany || next - first > 2 * kMany) {
+      if (next - first > kChunk || static_cast<double>(next - first) > before) {
         end = losses[last].step;
         break;
       }
@@ -143,16 +144,16 @@ void MomentTrack::segment(const Eigen::Ref<const MatF>& q, int n_heads, int begi
                      n_rows = Eigen::Index{end - begin} * n_heads;
   const auto q_rows = q.middleRows(first_row, n_rows);
   const bool products = needs_.tilt || needs_.full;
-  centre(losses);
   std::size_t seen = 0;
   while (seen < losses.size() && losses[seen].step <= begin) {
     ++seen;
   }
   const std::span<const Loss> fresh = losses.subspan(seen);
+  centre(losses.first(seen));
   join(losses.first(seen));
   if (products) {
     for (std::size_t i = 0; i < seen; i += kChunk) {
-      gather(losses.first(seen).subspan(i, std::min<std::size_t>(kChunk, seen - i)));
+      gather(losses.first(seen).subspan(i, std::min(kChunk, seen - i)));
       multiply_in();
     }
     gather(fresh);
@@ -261,6 +262,7 @@ void MomentTrack::centre(std::span<const Loss> losses) {
     }
     k0_ = (k / static_cast<double>(losses.size())).cast<float>();
     v0_ = (v / static_cast<double>(losses.size())).cast<float>();
+    n_centred_ = static_cast<double>(losses.size());
   } else if (n_ > 0 && n_ >= 2 * n_centred_) {
     const Eigen::RowVectorXf k0 = (k0_.cast<double>() + k_ / n_).cast<float>();
     const Eigen::RowVectorXf v0 = (v0_.cast<double>() + v_ / n_).cast<float>();

@@ -113,8 +113,7 @@ std::pair<SetGeometry, SetGeometry> Checkpoints::chance(int kv_head, Pos n_seen,
   std::vector<Pos> order(std::size_t(n_seen), 0);
   std::iota(order.begin(), order.end(), 0);
   for (int i = 0; i < n_retained; ++i) {
-    const double u = counter_uniform(seed_, std::uint64_t(layer_.index), std::uint64_t(kv_head),
-                                     std::uint64_t(n_seen) << 32 | std::uint64_t(i));
+    const double u = uniform_at(seed_, layer_.index, kv_head, n_seen, n_retained, i);
     std::swap(order[std::size_t(i)], order[std::size_t(i) + std::size_t(u * double(n_seen - i))]);
   }
   order.resize(std::size_t(n_retained));
