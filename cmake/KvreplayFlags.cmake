@@ -18,7 +18,7 @@ target_compile_options(kvreplay_warnings INTERFACE -Wall -Wextra -Wpedantic -Wsh
                                                    -Wold-style-cast -Wno-missing-field-initializers)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # g++ 12 with Eigen and AVX-512 warns of variables that are initialised.
-  target_compile_options(kvreplay_warnings INTERFACE -Wno-maybe-uninitialized)
+  target_compile_options(kvreplay_warnings INTERFACE -Wno-maybe-uninitialized -Wno-uninitialized)
 endif()
 if(KVREPLAY_WERROR)
   target_compile_options(kvreplay_warnings INTERFACE -Werror)

@@ -18,6 +18,9 @@ std::span<const Preset> all_presets();
 const PartInfo* find_part(std::string_view name);  // nullptr if there is none
 const Preset* find_preset(std::string_view name);
 
+// The keys that every selector takes beside its own: a table over Traits.
+std::span<const ParamInfo> engine_keys();
+
 // The valid name closest to `name`, for error messages.
 std::string nearest(std::string_view name, std::span<const std::string> valid);
 

@@ -53,7 +53,7 @@ struct Method {
   std::string label;   // as typed
   std::string name;    // canonical: presets expanded, defaults omitted, keys in table order
   std::string preset;  // empty if none
-  std::optional<PartUse> prefill_select;  // cuts the prompt to prefill_budget, then stands
+  std::optional<PartUse> prefill_select;  // cuts the prompt to prefill_budget (none: the run's), then stands
   Traits prefill_traits;
   Budget prefill_budget;
   PartUse select;
@@ -63,12 +63,18 @@ struct Method {
   bool budgeted() const;  // full without a reader is not
   Foresight foresight() const;
   Needs needs() const;    // union over the parts; none of the prompt's queries if the prompt is pinned
-  // Values the user wrote that do not fit this budget, and each part's own check; ConfigError.
-  void check(int budget) const;
+  // Values the user wrote that do not fit this budget, and each part's own check; ConfigError. prompt_budget: the
+  // prefill selector's, in tokens; 0 if it has none of its own.
+  void check(int budget, int prompt_budget = 0) const;
 };
 
 // ConfigError names the offending piece, what is allowed and the nearest valid name.
 Method parse_method(const std::string& text, const TableReader& read_table = {});
+
+// One part by itself, as --compensators takes it; ConfigError if it does not play this role.
+PartUse parse_part(const std::string& text, Role role, const TableReader& read_table = {});
+// The part's canonical text: defaults omitted, keys in table order.
+std::string canonical(const PartUse& use);
 
 // "a,b:x=1,y=2,c" -> {"a", "b:x=1,y=2", "c"}: a piece with "=" and no ":" continues the element before it.
 std::vector<std::string> split_methods(const std::string& list);

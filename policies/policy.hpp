@@ -43,6 +43,8 @@ struct Needs {
   bool pre_rope = false;          // keys and queries before RoPE
   std::string scores;             // an external score stored in the trace under this name
   std::string evicted_at;         // a file of recorded evictions
+  bool future_attention = false;  // Future::attention_to_come: oracles only
+  bool future_outputs = false;    // Future::horizon: oracles only
 };
 
 // The set that a part is made for. Parts keep their state by position, so that eviction moves nothing.
@@ -71,6 +73,7 @@ class View {
   int budget = 0;              // slots this set may keep, as allocated
   std::span<const Pos> pos;    // (n_slots) ascending: slot i is older than slot i + 1
   bool at_prefill() const { return now < prompt_len; }
+  std::span<const Pos> rewritten;  // tokens whose key or value was rewritten since the previous step
 
   // Softmax weights of the current queries over all that is resident, reduced over the query heads of the set as its
   // `group` key says: (n_slots).
@@ -122,8 +125,10 @@ class Future {
     MatF weights;  // (rows, n_slots + steps) exp(logit - max): the slots, then the tokens yet to come; 0 before birth
     MatF arrivals; // (steps, v_head_dim) values of the tokens yet to come
     MatD full;     // (rows, v_head_dim) exact attention output
-    Eigen::ArrayXd pinned_z;  // (rows) sum of the weights of resident tokens that are no slots (a pinned prompt)
-    MatD pinned_num;          // (rows, v_head_dim) the same of weight * value
+    // What a pinned prompt adds to the sums of weights and of weights times values, on the same scale; empty if the
+    // prompt is not pinned.
+    Eigen::ArrayXd pinned_mass;  // (rows)
+    MatD pinned_sum;             // (rows, v_head_dim)
     int steps = 0;
   };
   virtual Horizon horizon(const View&, int lane, int steps) const = 0;

@@ -16,7 +16,9 @@ void ExactBlock::reshape(const Layer& l, Pos begin_pos, int n_steps, bool keep_l
   // Padding: a stride of 2^k would make the rows of a column fight over cache sets.
   const Eigen::Index n = begin + steps, stride = (rows + 15) / 16 * 16 + 16;
   for (MatF* m : {&weights, &logits}) {
-    if (m == &logits && !keep_logits) { continue; }
+    if (m == &logits && !keep_logits) {
+      continue;
+    }
     if (m->cols() < stride || m->rows() < n) {
       m->resize(std::max<Eigen::Index>(n, l.n_tokens), std::max(stride, m->cols()));
     }
@@ -47,7 +49,9 @@ void ExactBlock::compute(const Layer& l, int kv_head, Pos begin_pos, int n_steps
   for (Eigen::Index j = 0; j < n; j += kTile) {
     const Eigen::Index m = std::min(kTile, n - j);
     l_out.block(j, 0, m, rows).noalias() = l.k[kv_head].middleRows(j, m) * q.transpose();
-    if (l.logit_softcap > 0) { soft_cap(l.logit_softcap, l_out.block(j, 0, m, rows).array()); }
+    if (l.logit_softcap > 0) {
+      soft_cap(l.logit_softcap, l_out.block(j, 0, m, rows).array());
+    }
     for (Eigen::Index i = j; i < j + m; ++i) {
       const Eigen::Index first = first_row(i);
       max_logit.tail(rows - first) =

@@ -43,7 +43,9 @@ auto weight_of(const Array& x) {
 // logits -> logits of a layer with a soft-cap; does nothing where cap is 0.
 template <class Array>
 void soft_cap(float cap, Array&& logits) {
-  if (cap > 0) { logits = cap * (logits / cap).tanh(); }
+  if (cap > 0) {
+    logits = cap * (logits / cap).tanh();
+  }
 }
 
 }  // namespace kvreplay

@@ -26,7 +26,7 @@ struct Column {
   const float* weights;  // (rows of the exact block)
   const float* value;    // (v_head_dim)
   int begin, end;        // steps of the block during which the method attends it
-  int plain_end;  // steps 0..plain_end during which the token is retained as it was; 0 for a rewritten copy
+  int plain_end;         // steps 0..plain_end during which the token is retained as it was; 0 for a rewritten copy
 };
 
 struct Stored {  // key and value of a rewritten slot
@@ -60,7 +60,7 @@ struct Lane {
   // With a reader, per row of the lane: what it attended, and of how many tokens.
   MatD read_num, read_plain_num;
   Eigen::ArrayXd read_z, read_plain_z;
-  Eigen::ArrayXi n_read;
+  std::vector<std::vector<Pos>> read;  // per row, ascending
   // Per step of the block.
   std::vector<int> n_resident;
   std::vector<double> step_bytes, step_bytes_read;
@@ -81,7 +81,7 @@ struct SetPlan {
 class Set final : public Cache, public Future {
  public:
   Set(Shared&, const SetPlan&, int index);
-  Set(Set&&) = delete;  // parts hold views of it
+  Set(Set&&) = delete;                    // parts hold views of it
   static int count(const Layer&, Scope);  // sets per layer
 
   // The prompt's end. scores: of all slots, where the set is over its budget, else empty.

@@ -1,0 +1,163 @@
+"""What several figures need: configurations in a fixed order, panels by group, thinning, plotly's vocabulary."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.lines import Line2D
+
+from ..errors import Absent
+from ..results import GROUPS
+from ..style import deciding_part, shown_name
+
+N_NAMED = 20  # methods a static figure can name; the rest is drawn in grey
+
+
+def configurations(results):
+    """[(label, budget, Results of that configuration)] in the order of the run."""
+    cells = results.cells
+    return [(label, budget, replace(results, cells=cells.loc[index]))
+            for (label, budget), index in cells.groupby(["label", "budget"], sort=False).groups.items()]
+
+
+def require(results, metric, compensator=""):
+    if not results.has(metric, compensator):
+        name = f"{metric} of {compensator}" if compensator else metric
+        raise Absent(f"this run has no counted value of {name}: run again with --metrics all"
+                     + (f" --compensators {compensator}" if compensator else "")
+                     + ", or at a budget that evicts something")
+
+
+def at_budget(results, budget):
+    """The run at one budget (with the methods that have none), and that budget."""
+    budget = results.default_budget if budget is None else budget
+    return results.only(budget=budget), budget
+
+
+def about(results, label):
+    """method, group and foresight of a label."""
+    return results.cells[results.cells["label"] == label].iloc[0][["method", "group", "foresight"]]
+
+
+_SHOWN_FIRST = ("h2o", "snapkv", "residual", "momentum", "tova", "keydiff")
+
+
+def shown_first(results, labels, n=None):
+    """The n methods that a static figure has room for: one of each kind that looks at attention or keys, then
+    variants and baselines in the run's order, oracles last."""
+    seen, keys = {}, {}
+    for i, label in enumerate(labels):
+        what = about(results, label)
+        part = deciding_part(what["method"])
+        seen[part] = seen.get(part, 0) + 1
+        kind = _SHOWN_FIRST.index(part) if part in _SHOWN_FIRST else len(_SHOWN_FIRST)
+        keys[label] = (what["foresight"] == "oracle", seen[part], kind, i)
+    return sorted(labels, key=keys.get)[:n]
+
+
+def groups_present(frame):
+    return [g for g in GROUPS if (frame["group"] == g).any()] + \
+           sorted(set(frame["group"]) - set(GROUPS))
+
+
+def group_title(group):
+    return GROUPS.get(group, group)
+
+
+def named(frame, value):
+    """Labels a static figure names: all, or the N_NAMED with the lowest mean of a column, oracles included."""
+    order = list(dict.fromkeys(frame["label"]))
+    if len(order) <= N_NAMED:
+        return order
+    best = frame.groupby("label")[value].mean().sort_values(kind="stable").index[:N_NAMED]
+    return [label for label in order if label in set(best)]
+
+
+def look_or_grey(looks, label, names):
+    """Keyword arguments of a line for a label: its own look, or thin grey where it is not named."""
+    if label not in names:
+        return {"color": "#c4c4c4", "linestyle": "-", "linewidth": 0.6, "marker": "", "zorder": 1}
+    look = looks[label]
+    return {"color": look.colour, "linestyle": look.line if not look.oracle else ":", "marker": look.marker,
+            "markerfacecolor": look.face, "markeredgewidth": 0.9, "zorder": 3}
+
+
+def handles(results, looks, names, n_all, lines=True):
+    """Legend entries for the named methods, and one for the grey rest."""
+    foresight = dict(zip(results.cells["label"], results.cells["foresight"]))
+    out = []
+    for label in names:
+        kwargs = look_or_grey(looks, label, names)
+        if not lines:
+            kwargs["linestyle"] = ""
+        out.append(Line2D([], [], label=shown_name(label, foresight[label]), **kwargs))
+    if n_all > len(names):
+        out.append(Line2D([], [], color="#c4c4c4", linewidth=1, label=f"{n_all - len(names)} more"))
+    return out
+
+
+def thin(frame, n, seed=1):
+    """At most n rows, always the same ones, in their order."""
+    if len(frame) <= n:
+        return frame
+    keep = np.sort(np.random.default_rng(seed).choice(len(frame), n, replace=False))
+    return frame.iloc[keep]
+
+
+# --- plotly -------------------------------------------------------------------------------------------------------
+
+def rounded(values, digits=5):
+    """Numbers for the page: significant digits, None where there is no number."""
+    out = []
+    for v in np.asarray(values, dtype=float).ravel():
+        out.append(float(f"{v:.{digits}g}") if math.isfinite(v) else None)
+    return out
+
+
+def axis_names(i):
+    """('x2', 'y2') for the second panel; the first is ('x', 'y')."""
+    return ("x", "y") if i == 0 else (f"x{i + 1}", f"y{i + 1}")
+
+
+def panel_layout(titles, x, y, gap=0.09):
+    """Layout with one pair of axes for each title, side by side. x and y are axis settings shared by all."""
+    n = len(titles)
+    width = (1 - gap * (n - 1)) / n
+    layout = {"annotations": [], "hovermode": "closest", "legend": {"orientation": "h", "y": -0.22}}
+    for i, title in enumerate(titles):
+        suffix = "" if i == 0 else str(i + 1)
+        left = i * (width + gap)
+        layout[f"xaxis{suffix}"] = {**x, "domain": [round(left, 4), round(left + width, 4)], "anchor": f"y{suffix}"}
+        layout[f"yaxis{suffix}"] = {**y, "anchor": f"x{suffix}"}
+        if i > 0:
+            layout[f"yaxis{suffix}"].pop("title", None)
+        layout["annotations"].append({"text": f"<b>{title}</b>", "xref": "paper", "yref": "paper", "x": left, "y": 1.02,
+                                      "xanchor": "left", "yanchor": "bottom", "showarrow": False})
+    return layout
+
+
+def log_axis(values, base=10):
+    """Settings of a logarithmic axis whose ticks are whole numbers for reading: 0.2, 0.5, 1, or powers of two."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return {"type": "log"}
+    low, high = values.min(), values.max()
+    if base == 2:
+        if high < 4 * low:
+            return {"type": "linear"}
+        ticks = [2.0 ** e for e in range(math.floor(math.log2(low)) - 1, math.ceil(math.log2(high)) + 2)]
+    else:
+        decades = math.log10(high / low)
+        steps = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
+        ticks = [s * 10.0 ** e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+                 for s in steps]
+    return {"type": "log", "tickmode": "array", "tickvals": [float(f"{t:.3g}") if t < 1000 else t for t in ticks],
+            "ticktext": [f"{t:.6g}" for t in ticks]}
+
+
+def log_if_wide(values, ratio=30):
+    """'log' where positive values span more than a factor, else 'linear'."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values) & (values > 0)]
+    return "log" if len(values) and values.max() > ratio * values.min() else "linear"

@@ -1,0 +1,222 @@
+"""`kvreplay report DIR`: one self-contained page, and its figures as PDF and SVG beside it."""
+
+import base64
+import gzip
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from . import figures
+from .errors import Absent, UsageError
+from .results import GROUPS
+from .style import COMPENSATOR_TITLES, looks, plt, shown_name, to_bytes
+from .tables import configurations, not_pinned
+
+PAGE = Path(__file__).parent / "page"
+N_TRACES_ALONE = 12    # more traces than this are shown pooled only
+N_POINTS_PAGE = 90000  # scatter points in the whole page
+
+OPEN_LOOP = ("Replay is open-loop (teacher-forced): queries come from the uncompressed run, so errors do not compound "
+             "across layers and steps.")
+
+
+def scopes(results):
+    """[(title, Results)]: what numbers are pooled over. Traces of different models are never pooled.
+
+    The first is what the page opens on and what the PDF and SVG show: all traces where they are of one model, else
+    the first trace of the run.
+    """
+    models = {}
+    by_stem = {t.get("stem"): t for t in results.run.get("traces", [])}
+    for trace in results.traces:
+        model = by_stem.get(trace, {}).get("model_name") or by_stem.get(trace, {}).get("name") or ""
+        models.setdefault(model, []).append(trace)
+    pooled = [(f"{model or 'all'}: {len(traces)} traces pooled", results.only(trace=traces))
+              for model, traces in models.items() if len(traces) > 1]
+    alone = [(trace, results.only(trace=trace)) for trace in results.traces]
+    if len(alone) > N_TRACES_ALONE:
+        alone = [(t, r) for t, r in alone if len(models) > 1 and any(ts == [t] for ts in models.values())]
+    return pooled + alone if len(models) == 1 else alone + pooled
+
+
+def write_whole(path, content):
+    """The file appears under its name whole or not at all."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: the folder {path.parent} does not exist")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write(results, out=None):
+    """Writes the page and figures/ beside it; returns the page's path."""
+    out = Path(out) if out else results.folder / "report.html"
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; give the name of the page, such as {out / 'report.html'}")
+    if not out.parent.is_dir():
+        raise UsageError(f"cannot write {out}: the folder {out.parent} does not exist")
+    chosen = scopes(results)
+    folder = out.parent / "figures"
+    folder.mkdir(exist_ok=True)
+    files = {}
+    for name, module in figures.ALL.items():
+        files[name] = []
+        for format in ("pdf", "svg"):
+            (folder / f"{name}.{format}").unlink(missing_ok=True)
+        try:
+            picture = module.draw(chosen[0][1])
+        except Absent:
+            continue
+        for format in ("pdf", "svg"):
+            write_whole(folder / f"{name}.{format}", to_bytes(picture, format))
+            files[name].append(f"figures/{name}.{format}")
+        plt.close(picture)
+    write_whole(out, page(results, chosen, files).encode())
+    return out
+
+
+def page(results, chosen=None, files=None):
+    """The page as text."""
+    from plotly.offline import get_plotlyjs
+
+    chosen = chosen or scopes(results)
+    look = looks(results)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True)
+    environment.filters["number"] = number
+    environment.filters["exact"] = exact
+    environment.filters["text"] = as_text
+    environment.filters["breakable"] = breakable
+    first_cells = results.cells.drop_duplicates("label")
+    methods = [{"label": m.label, "shown": shown_name(m.label, m.foresight), "method": m.method, "group": m.group,
+                "foresight": m.foresight, "colour": look[m.label].colour} for m in first_cells.itertuples()]
+    described = {m.get("label"): m for m in results.run.get("methods", []) if isinstance(m, dict)}
+    for m in methods:
+        m["paper"] = as_text(described.get(m["label"], {}).get("paper"))
+        m["deviation"] = as_text(described.get(m["label"], {}).get("deviation"))
+    listing = [{"name": name, "title": module.TITLE, "how": module.HOW_TO_READ, "by_budget": module.BY_BUDGET}
+               for name, module in figures.ALL.items()]
+    meta = {"methods": methods, "figures": listing, "file": results.folder.resolve().name,
+            "scopes": [{"title": title, "budgets": scope.budgets, "default_budget": scope.default_budget}
+                       for title, scope in chosen]}
+    return environment.get_template("report.html").render(
+        run=results.run, results=results, groups=GROUPS, methods=methods, colours={m["label"]: m["colour"]
+                                                                                  for m in methods},
+        open_loop=results.run.get("open_loop") or OPEN_LOOP, figures=listing, files=files or {},
+        scopes=[{"title": title, "tables": _tables(scope)} for title, scope in chosen],
+        compensators=results.compensators, compensator_titles=COMPENSATOR_TITLES, first=meta["scopes"][0],
+        not_pinned=not_pinned(results), traces=_traces(results),
+        css=(PAGE / "report.css").read_text(encoding="utf-8"), js=(PAGE / "report.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs().replace("</script", "<\\/script"), meta=_json(meta),
+        blobs=_blobs(chosen))
+
+
+def _json(value):
+    """JSON that may stand inside a script element."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _blobs(chosen):
+    """{'SCOPE/BUDGET-NUMBER/FIGURE': gzip + base64 of the figure's variants, note and data}."""
+    n_drawn = sum(max(1, len(scope.budgets)) * max(1, scope.cells["label"].nunique() * max(1, len(scope.compensators)))
+                  for _, scope in chosen)
+    n_points = {"correction": max(24, min(500, N_POINTS_PAGE // n_drawn)),
+                "mass_error": max(200, min(4000, N_POINTS_PAGE // sum(max(1, len(s.budgets)) for _, s in chosen)))}
+    blobs = {}
+    for i, (_, scope) in enumerate(chosen):
+        for name, module in figures.ALL.items():
+            for b, budget in enumerate((scope.budgets or [""]) if module.BY_BUDGET else [None]):
+                blobs[f"{i}/{b}/{name}"] = _packed(_one(module, scope, budget, n_points.get(name)))
+    return blobs
+
+
+def _one(module, scope, budget, n_points):
+    try:
+        shown = scope.only(budget=budget) if budget is not None else scope
+        frames = module.data(shown, budget, **({"n_points": n_points} if n_points else {}))
+        return {"variants": module.interactive(shown, frames), "note": module.note(shown, frames),
+                "csv": {part: frame.to_csv(index=False, float_format="%.6g", lineterminator="\r\n")
+                        for part, frame in frames.items()}}
+    except Absent as reason:
+        return {"absent": str(reason)}
+
+
+def _packed(value):
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+
+
+def _tables(scope):
+    """[(group, its rows)] for the groups that have any, in the report's order."""
+    table = configurations(scope)
+    order = [*GROUPS, *sorted(set(table["group"]) - set(GROUPS))]
+    return [(group, table[table["group"] == group].to_dict("records")) for group in order
+            if (table["group"] == group).any()]
+
+
+def _traces(results):
+    """What is said of each trace, as text."""
+    out = []
+    for trace in results.run.get("traces", []):
+        if not isinstance(trace, dict):
+            continue
+        n_tokens, prompt_len = trace.get("n_tokens"), trace.get("prompt_len")
+        decode = n_tokens - prompt_len if isinstance(n_tokens, int) and isinstance(prompt_len, int) else ""
+        skipped = trace.get("layers_skipped") or []
+        out.append({
+            "name": as_text(trace.get("stem")), "model": as_text(trace.get("model_name") or trace.get("name")),
+            "architecture": as_text(trace.get("architecture")),
+            "provenance": as_text(trace.get("provenance") or trace.get("generator")), "n_tokens": as_text(n_tokens),
+            "prompt_len": as_text(prompt_len), "decode": decode, "element": as_text(trace.get("element")),
+            "layers": as_text(trace.get("layers")), "hash": as_text(trace.get("content_hash")),
+            "skipped": "; ".join(f"{s.get('layer')}: {s.get('reason')}" if isinstance(s, dict) else str(s)
+                                 for s in skipped)})
+    return out
+
+
+def breakable(name):
+    """A column's name that may wrap after an underscore."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
+def as_text(value):
+    """Any value of run.json on one line."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {as_text(v)}" for k, v in value.items() if v not in (None, ""))
+    if isinstance(value, list):
+        return ", ".join(as_text(v) for v in value)
+    return str(value)
+
+
+def number(value, digits=4):
+    """A number for reading: 4 significant digits, an en dash where there is none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)) or value is pd.NA:
+        return "–"
+    value = float(value)
+    if value == 0 or value.is_integer() and abs(value) < 1e15:
+        return f"{value:,.0f}".replace(",", "\u2009")
+    if abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", "\u2009")
+    if abs(value) < 1e-4:
+        return f"{value:.2e}"
+    return f"{value:#.{digits}g}"
+
+
+def exact(value):
+    """The same number for sorting and for reading by programs."""
+    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else repr(float(value))

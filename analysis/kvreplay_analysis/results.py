@@ -1,0 +1,218 @@
+"""Reads a results folder: `load(DIR)` gives a Results, whose frames work as well in a notebook as in the report."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from .errors import ResultsError, UsageError, nearest
+
+GROUPS = {"evictable": "Prompt evictable", "pinned": "Prompt pinned (pool=decode)", "selection": "Per-step selection"}
+
+SUMMARY_TEXT = ["trace", "method", "label", "budget", "compensator", "foresight", "metric"]
+SUMMARY_HEADS = ["kv_head", "q_head"]
+SUMMARY_NUMBERS = ["mean", "std", "p50", "p90", "p99", "max"]
+SUMMARY_COLUMNS = ["trace", "layer", "kv_head", "q_head", "method", "label", "budget", "compensator", "foresight",
+                   "metric", "n", "n_skipped", *SUMMARY_NUMBERS]
+CELL_COLUMNS = ["trace", "layer", "method", "label", "budget", "budget_tokens", "foresight", "group", "compensators",
+                "compensator_acting", "n_steps", "prompt_len", "n_heads", "n_kv_heads", "group_size"]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run.
+
+    run      what run.json says (provenance, traces, methods)
+    summary  summary.csv; head columns are -1 where the row is of a higher level
+    cells    one row per cell (a method at a budget on a layer of a trace); its index names /blocks and /steps
+    """
+
+    folder: Path
+    run: dict
+    summary: pd.DataFrame
+    cells: pd.DataFrame
+    block_steps: int
+    _cache: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def complete(self):
+        return bool(self.run.get("complete", False))
+
+    @property
+    def traces(self):
+        """Names of the traces that have results, in the order of the run."""
+        return list(dict.fromkeys(self.cells["trace"]))
+
+    @property
+    def labels(self):
+        """The methods as typed, in the order of the run."""
+        return list(dict.fromkeys(self.cells["label"]))
+
+    @property
+    def budgets(self):
+        """Budgets as asked, smallest first; methods without one do not count."""
+        asked = self.cells[self.cells["budget"] != ""]
+        return list(asked.groupby("budget")["budget_tokens"].mean().sort_values(kind="stable").index)
+
+    @property
+    def default_budget(self):
+        """The budget that most methods share; of equals the one below the middle, where methods differ most."""
+        asked = self.cells[self.cells["budget"] != ""]
+        if asked.empty:
+            return ""
+        n_methods = asked.groupby("budget")["label"].nunique()
+        shared = [b for b in self.budgets if n_methods[b] == n_methods.max()]
+        return shared[(len(shared) - 1) // 2]
+
+    @property
+    def compensators(self):
+        """Compensators measured in this run, in order of their sophistication, then of the run."""
+        seen = dict.fromkeys(c for text in self.cells["compensators"] for c in text.split(",") if c)
+        known = ["none", "mean", "moments", "gaussian"]
+        return sorted(seen, key=lambda c: (known.index(c) if c in known else len(known), list(seen).index(c)))
+
+    def only(self, trace=None, layer=None, budget=None, label=None, group=None):
+        """The same run with fewer cells. Methods without a budget stay whatever budget is asked for."""
+        cells, summary = self.cells, self.summary
+        for column, wanted in (("trace", trace), ("layer", layer), ("label", label), ("group", group)):
+            if wanted is None:
+                continue
+            wanted = [wanted] if isinstance(wanted, (str, int, np.integer)) else list(wanted)
+            present = list(dict.fromkeys(self.cells[column]))
+            for w in wanted:
+                if w not in present:
+                    raise UsageError(f"{column} {w} is not in {self.folder}, which has "
+                                     f"{', '.join(map(str, present))}{nearest(w, present)}")
+            cells = cells[cells[column].isin(wanted)]
+        if budget is not None:
+            if budget != "" and budget not in self.budgets:
+                raise UsageError(f"budget {budget} is not in {self.folder}, which has "
+                                 f"{', '.join(self.budgets) or 'no budgets'}{nearest(budget, self.budgets)}")
+            cells = cells[cells["budget"].isin([budget, ""])]
+        key = ["trace", "layer", "label", "budget"]
+        kept = pd.MultiIndex.from_frame(cells[key])
+        summary = summary[pd.MultiIndex.from_frame(summary[key]).isin(kept)]
+        return replace(self, cells=cells, summary=summary)
+
+    def with_cells(self, chosen):
+        """The same run with the cells where `chosen` (bool, one per cell) holds; the summary stays whole."""
+        return replace(self, cells=self.cells[np.asarray(chosen)])
+
+    def has(self, metric, compensator=""):
+        rows = self.summary
+        return bool(((rows["metric"] == metric) & (rows["compensator"] == compensator) & (rows["n"] > 0)).any())
+
+    def blocks(self, metric, compensator=""):
+        """{cell: float64 (n_rows, n_blocks)} of means over blocks of steps; NaN where nothing counted."""
+        return self._arrays("blocks", metric, compensator)
+
+    def steps(self, metric, compensator=""):
+        """{cell: float32 (n_rows, n_steps)}; empty unless the run was made with --detail steps."""
+        return self._arrays("steps", metric, compensator)
+
+    def block_weights(self, cell):
+        """Steps in each block of a cell: block_steps, and what is left for the last. Shape (n_blocks,)."""
+        n_steps = int(self.cells.at[cell, "n_steps"])
+        begin = np.arange(0, n_steps, self.block_steps)
+        return np.minimum(n_steps - begin, self.block_steps).astype(float)
+
+    def block_frame(self, metric, compensator=""):
+        """Tidy frame of the block means: one row per (cell, row, block), for notebooks."""
+        parts = []
+        for cell, values in self.blocks(metric, compensator).items():
+            head, block = np.indices(values.shape)
+            what = self.cells.loc[cell]
+            parts.append(pd.DataFrame({
+                "trace": what["trace"], "layer": what["layer"], "label": what["label"], "budget": what["budget"],
+                "compensator": compensator, "head": head.ravel(), "block": block.ravel(),
+                "step": block.ravel() * self.block_steps, metric: values.ravel()}))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+    def _arrays(self, kind, metric, compensator):
+        name = f"{metric}.{compensator}" if compensator else metric
+        arrays = self._cache.setdefault((kind, name), {})
+        missing = [c for c in self.cells.index if c not in arrays]
+        if missing:
+            path = self.folder / "results.h5"
+            try:
+                with h5py.File(path, "r") as file:
+                    for cell in missing:
+                        at = f"{kind}/{cell:06d}/{name}"
+                        arrays[cell] = file[at][()] if at in file else None
+            except OSError as error:
+                raise ResultsError(f"{path} cannot be read: {_first_line(error)}") from error
+        return {c: arrays[c] for c in self.cells.index if arrays[c] is not None}
+
+
+def load(folder):
+    """Reads DIR as `kvreplay run --out DIR` wrote it; ResultsError says in one sentence what is wrong with it."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise UsageError(f"{folder} does not exist; give the folder that `kvreplay run --out` wrote")
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file; give the folder that `kvreplay run --out` wrote")
+    absent = [n for n in ("run.json", "summary.csv", "results.h5") if not (folder / n).is_file()]
+    if absent:
+        raise UsageError(f"{folder} is not a results folder: it has no {' and no '.join(absent)}")
+    run = _read_run(folder / "run.json")
+    cells, block_steps = _read_cells(folder / "results.h5")
+    return Results(folder, run, _read_summary(folder / "summary.csv"), cells, block_steps)
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _read_run(path):
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path} is not readable JSON: {_first_line(error)}") from error
+    if not isinstance(run, dict):
+        raise ResultsError(f"{path}: expected an object, found {type(run).__name__}")
+    return run
+
+
+def _read_summary(path):
+    try:
+        frame = pd.read_csv(path, dtype={c: str for c in SUMMARY_TEXT}, keep_default_na=False,
+                            na_values={c: ["", "nan", "NaN", "-nan"] for c in [*SUMMARY_HEADS, *SUMMARY_NUMBERS]})
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path} is not readable CSV: {_first_line(error)}") from error
+    lacking = [c for c in SUMMARY_COLUMNS if c not in frame.columns]
+    if lacking:
+        raise ResultsError(f"{path}: column {lacking[0]} is missing")
+    try:
+        frame[SUMMARY_HEADS] = frame[SUMMARY_HEADS].fillna(-1).astype(int)
+        frame[["layer", "n", "n_skipped"]] = frame[["layer", "n", "n_skipped"]].astype(int)
+        frame[SUMMARY_NUMBERS] = frame[SUMMARY_NUMBERS].astype(float)
+    except (ValueError, TypeError) as error:
+        raise ResultsError(f"{path} holds something that is not a number: {_first_line(error)}") from error
+    return frame
+
+
+def _read_cells(path):
+    try:
+        with h5py.File(path, "r") as file:
+            if "cells" not in file:
+                raise ResultsError(f"{path}: /cells is missing")
+            group = file["cells"]
+            block_steps = int(group.attrs.get("block_steps", file.attrs.get("block_steps", 64)))
+            columns = {}
+            for name in CELL_COLUMNS:
+                if name not in group:
+                    raise ResultsError(f"{path}: /cells/{name} is missing")
+                data = group[name]
+                columns[name] = (data.asstr()[()].astype(object) if h5py.check_string_dtype(data.dtype)
+                                 else data[()])
+    except OSError as error:
+        raise ResultsError(f"{path} cannot be read: {_first_line(error)}") from error
+    lengths = {name: len(c) for name, c in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ResultsError(f"{path}: /cells columns differ in length: {lengths}")
+    if not lengths["trace"]:
+        raise ResultsError(f"{path} holds no cells: the run ended before the first one was done")
+    return pd.DataFrame(columns).infer_objects(), block_steps

@@ -1,0 +1,18 @@
+// Exit codes, as the README documents them.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace kvreplay {
+
+enum ExitCode { kDone = 0, kOther = 1, kUsage = 2, kTrace = 3, kDevice = 4, kInterrupted = 130 };
+
+// Thrown where everything has been said already.
+struct Exit {
+  ExitCode code;
+};
+
+// argv of this process.
+const std::vector<std::string>& command_line();
+
+}  // namespace kvreplay

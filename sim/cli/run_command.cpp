@@ -1,0 +1,146 @@
+#include "sim/cli/run_command.hpp"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <csignal>
+#include <memory>
+#include <thread>
+
+#include "policies/errors.hpp"
+#include "policies/method.hpp"
+#include "sim/cli/exit.hpp"
+#include "sim/run.hpp"
+
+namespace kvreplay {
+namespace {
+
+std::atomic<bool> stop_requested = false;
+
+void request_stop(int) { stop_requested = true; }
+
+struct Options {
+  std::vector<std::string> traces, methods, budgets;
+  std::string compensators, metrics = "all", layers, detail, steps, memory, out;
+  int prompt_len = 0, threads = 0, checkpoints = 16;
+  std::uint64_t seed = 0;
+  bool force = false;
+};
+
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> pieces;
+  for (std::size_t begin = 0; begin <= list.size();) {
+    const std::size_t end = std::min(list.find(',', begin), list.size());
+    pieces.push_back(list.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return pieces;
+}
+
+RunRequest request_of(const Options& o, bool compensators_given) {
+  RunRequest r;
+  r.traces.assign(o.traces.begin(), o.traces.end());
+  for (const std::string& text : o.methods) {
+    for (std::string& m : split_methods(text)) {
+      r.methods.push_back(std::move(m));
+    }
+  }
+  for (const std::string& text : o.budgets) {
+    for (std::string& b : split(text)) {
+      r.budgets.push_back(std::move(b));
+    }
+  }
+  r.compensators_given = compensators_given;
+  if (o.compensators != "none") {
+    r.compensators = split_methods(o.compensators);
+  }
+  r.metrics = MetricSet::parse(o.metrics);
+  if (!o.layers.empty()) {
+    r.layers = parse_integers("--layers", o.layers);
+  }
+  if (o.prompt_len < 0) {
+    throw ConfigError("--prompt-len must be at least 1");
+  }
+  r.prompt_len = o.prompt_len;
+  for (const std::string& d : o.detail.empty() ? std::vector<std::string>{} : split(o.detail)) {
+    if (d == "steps") {
+      r.detail.steps = true;
+    } else if (d == "retained") {
+      r.detail.retained = true;
+    } else if (d == "outputs") {
+      r.detail.outputs = true;
+    } else {
+      throw ConfigError("--detail: '" + d + "' is none of steps, retained, outputs");
+    }
+  }
+  if (r.detail.outputs != !o.steps.empty()) {
+    throw ConfigError("--detail outputs and --steps LIST go together: outputs are written at these decode steps");
+  }
+  if (!o.steps.empty()) {
+    r.output_steps = parse_integers("--steps", o.steps);
+  }
+  if (o.checkpoints < 1) {
+    throw ConfigError("--checkpoints must be at least 1");
+  }
+  r.n_checkpoints = o.checkpoints;
+  if (o.threads < 0) {
+    throw ConfigError("--threads must be at least 1");
+  }
+  r.threads = o.threads > 0 ? o.threads : std::max(1, int(std::thread::hardware_concurrency()));
+  r.seed = o.seed;
+  if (!o.memory.empty()) {
+    r.memory = parse_bytes("--memory", o.memory);
+  }
+  r.out = o.out;
+  r.force = o.force;
+  r.stop = &stop_requested;
+  return r;
+}
+
+}  // namespace
+
+void add_run_command(CLI::App& app) {
+  CLI::App* run_app = app.add_subcommand("run", "Replay traces under methods and write a results folder");
+  auto o = std::make_shared<Options>();
+  run_app->add_option("traces", o->traces, "Trace files (HDF5)")->required();
+  run_app->add_option("-m,--method", o->methods, "Methods, as 'h2o:window=128+adakv'; several, or a comma list")
+      ->required();
+  run_app->add_option("-b,--budget", o->budgets,
+                      "Tokens (128), share of the prompt (25% or 0.25) or bytes per KV head (64KiB); a comma list");
+  o->compensators = "mean,moments,gaussian";
+  CLI::Option* compensators =
+      run_app->add_option("-c,--compensators", o->compensators,
+                          "Measured beside every method; 'none' for none (default: mean,moments,gaussian)");
+  run_app->add_option("--metrics", o->metrics, "What to measure; fewer is faster (default: all)");
+  run_app->add_option("--layers", o->layers, "The model's layer numbers, as 0,4-7 (default: all in the trace)");
+  run_app->add_option("--prompt-len", o->prompt_len, "Move the boundary between prompt and decode");
+  run_app->add_option("--detail", o->detail, "Also write steps, retained, outputs (a comma list)");
+  run_app->add_option("--steps", o->steps, "Decode steps of --detail outputs, as 0,100-103");
+  run_app->add_option("--checkpoints", o->checkpoints, "Steps at which subspaces are compared (default: 16)");
+  run_app->add_option("-j,--threads", o->threads, "Threads (default: all)");
+  run_app->add_option("--seed", o->seed, "Seed of random methods and splits (default: 0)");
+  run_app->add_option("--memory", o->memory,
+                      "Memory to stay within, as 8GiB (default: three quarters of what is free)");
+  run_app->add_option("-o,--out", o->out, "Folder for the results")->required();
+  run_app->add_flag("--force", o->force, "Write into a folder that is not empty");
+  run_app->callback([o, compensators, &app] {
+    RunRequest request = request_of(*o, compensators->count() > 0);
+    request.argv = command_line();
+    std::signal(SIGINT, request_stop);
+    std::signal(SIGTERM, request_stop);
+    const RunOutcome outcome = run(request);
+    fmt::print("{} cells in {}\n", outcome.n_cells, request.out.string());
+    for (const std::string& sentence : outcome.failed) {
+      fmt::print(stderr, "kvreplay: {}\n", sentence);
+    }
+    if (outcome.interrupted) {
+      throw Exit{kInterrupted};
+    }
+    if (!outcome.failed.empty()) {
+      throw Exit{kOther};
+    }
+  });
+}
+
+}  // namespace kvreplay

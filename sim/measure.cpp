@@ -1,0 +1,725 @@
+#include "sim/measure.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+namespace kvreplay {
+namespace {
+
+constexpr int kChunk = 256;             // columns multiplied at once: operands stay in L2
+constexpr double kFloatShare = 0.03;    // a difference of float products is good to 1e-4 while it is this share of them
+constexpr double kLeastEvicted = 1e-6;  // evicted mass below which f_E is not looked at
+constexpr double kLeastRetained = 6.06e-39;  // e^-88: retained mass below which there is no usable f_R
+constexpr double kExactDifference = 1e-9;    // evicted mass down to which Z - Z_R is good to 1e-5
+
+}  // namespace
+
+// One lane's rows of the block: row = step * heads + head of the lane.
+struct Meter::Rows {
+  int steps, heads, group, first_head, dim;
+  int size() const { return steps * heads; }
+  int exact(int r) const { return (r / heads) * group + first_head + r % heads; }  // row of the exact block
+  template <class Array>
+  auto pick(const Array& all) const {  // from rows of the exact block
+    typename Array::PlainObject picked(size(), all.cols());
+    if (heads == group) {
+      picked = all.topRows(size());
+    } else {
+      for (int r = 0; r < size(); ++r) {
+        picked.row(r) = all.row(exact(r));
+      }
+    }
+    return picked;
+  }
+  // Calls use(array) with the weights of one column, steps [lo, hi), own heads only.
+  template <class Use>
+  void own(const float* weights, int lo, int hi, Use use) const {
+    const int n = (hi - lo) * heads;
+    if (heads == group) {
+      use(VecF(weights + lo * heads, n).array());
+    } else {
+      use(Eigen::Map<const Eigen::ArrayXf, 0, Eigen::InnerStride<>>(weights + lo * group + first_head, n,
+                                                                    Eigen::InnerStride<>(group)));
+    }
+  }
+};
+
+// Sums over some tokens, by row of the lane: of weight * value, and of weight.
+struct Meter::Sums {
+  MatD num;          // (rows, v_head_dim)
+  Eigen::ArrayXd z;  // (rows)
+
+  // The one product per block and method: adds weight * value to rows `only` (empty: all of them).
+  // for_each calls back with (weights, value, first step, end step) of each column.
+  template <class T, class ForEach>
+  static void add_products(const Rows& rows, const std::vector<int>& only, ForEach for_each, MatD& num) {
+    using Mat = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+    static thread_local Mat w, v, part;  // kept: allocating 512 KiB per block costs page faults
+    w.resize(kChunk, only.empty() ? rows.size() : int(only.size()));
+    v.resize(kChunk, rows.dim);
+    int filled = 0;
+    const auto flush = [&] {
+      part.noalias() = w.topRows(filled).transpose() * v.topRows(filled);
+      num += part.template cast<double>();
+      filled = 0;
+    };
+    for_each([&](const float* weights, const float* value, int lo, int hi) {
+      if (lo >= hi) {
+        return;
+      }
+      auto row = w.row(filled);
+      if (only.empty()) {
+        row.head(lo * rows.heads).setZero();
+        row.tail((rows.steps - hi) * rows.heads).setZero();
+        rows.own(weights, lo, hi,
+                 [&](const auto& x) { row.segment(lo * rows.heads, x.size()) = x.template cast<T>(); });
+      } else {
+        for (std::size_t i = 0; i < only.size(); ++i) {
+          const int step = only[i] / rows.heads;
+          row[Eigen::Index(i)] = lo <= step && step < hi ? T(weights[rows.exact(only[i])]) : T(0);
+        }
+      }
+      v.row(filled) = VecF(value, rows.dim).transpose().cast<T>();
+      if (++filled == kChunk) {
+        flush();
+      }
+    });
+    if (filled > 0) {
+      flush();
+    }
+  }
+
+  // start + columns. With `all_z` the caller wants all - sum: in double for the rows where floats could not tell.
+  template <class ForEach>
+  static Sums add(const Rows& rows, const Sums& start, ForEach for_each, const Eigen::ArrayXd* all_z) {
+    Sums sums = start;
+    for_each([&](const float* weights, const float*, int lo, int hi) {
+      if (lo >= hi) {
+        return;
+      }
+      rows.own(weights, lo, hi,
+               [&](const auto& x) { sums.z.segment(lo * rows.heads, x.size()) += x.template cast<double>(); });
+    });
+    std::vector<int> fine;
+    for (int r = 0; all_z && r < rows.size(); ++r) {
+      if ((*all_z)[r] - sums.z[r] <= kFloatShare * (*all_z)[r]) {
+        fine.push_back(r);
+      }
+    }
+    if (int(fine.size()) > rows.size() / 4) {
+      add_products<double>(rows, {}, for_each, sums.num);
+      return sums;
+    }
+    add_products<float>(rows, {}, for_each, sums.num);
+    if (!fine.empty()) {
+      MatD num = start.num(fine, Eigen::all);
+      add_products<double>(rows, fine, for_each, num);
+      sums.num(fine, Eigen::all) = num;
+    }
+    return sums;
+  }
+};
+
+Meter::Meter(const Layer& layer, const ReplayOptions& options, const CellCompensators& compensators, CellResult& cell,
+             Checkpoints& checkpoints, const Set& set, int lane)
+    : layer_(layer),
+      options_(options),
+      cell_(cell),
+      checkpoints_(checkpoints),
+      acting_(compensators.acting),
+      span_evicted_(layer.spans.size(), 0) {
+  const Lane& l = set.lanes[std::size_t(lane)];
+  const bool per_query_head = set.traits.scope == Scope::query_head;
+  row_ = per_query_head ? l.kv_head * layer.group_size + l.first_head : l.kv_head;
+  const bool logit_metrics = options.metrics.has(Metric::logit_variance) || options.metrics.has(Metric::logit_spread);
+  MomentNeeds needs{.tilt = false, .diagonal = false, .full = logit_metrics, .radii = false};
+  SetShape shape{.layer = layer.index,
+                 .kv_head = l.kv_head,
+                 .n_heads = set.n_heads,
+                 .head_dim = layer.head_dim,
+                 .v_head_dim = layer.v_head_dim,
+                 .n_tokens = layer.n_tokens,
+                 .prompt_len = layer.prompt_len,
+                 .budget = set.budget,
+                 .element_bytes = layer.element_bytes,
+                 .scale = layer.scale,
+                 .seed = options.seed,
+                 .scores = {},
+                 .evicted_at = {}};
+  for (const PartUse* part : compensators.parts) {
+    compensators_.push_back(part->info->compensate(part->config(layer.index, l.kv_head).get(), shape));
+    needs = needs | compensators_.back()->needs();
+  }
+  if (!compensators_.empty() || logit_metrics) {
+    moments_ = std::make_unique<MomentTrack>(layer.head_dim, layer.v_head_dim, needs);
+  }
+}
+
+float* Meter::out(Metric metric, int row, int compensator) {
+  for (Series& s : cell_.series) {
+    if (s.metric == metric && s.compensator == compensator) {
+      return &s.at(row, begin_ - layer_.prompt_len);
+    }
+  }
+  return nullptr;
+}
+
+void Meter::block(const Set& set, Lane& lane, HeadErrors* errors) {
+  begin_ = set.exact(lane).begin;
+  const Rows rows{set.n_steps, set.n_heads, layer_.group_size, lane.first_head, layer_.v_head_dim};
+  query_heads(set, lane, rows, errors);
+  kv_head(set, lane);
+  lane.n_measured = lane.evicted.size();
+}
+
+void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors* errors) {
+  const ExactBlock& e = set.exact(lane);
+  const int n_rows = rows.size();
+  const Sums all{rows.pick(e.num), rows.pick(e.z)};
+  const Eigen::ArrayXf max_logit = rows.pick(e.max_logit);
+  const Sums none{MatD::Zero(n_rows, rows.dim), Eigen::ArrayXd::Zero(n_rows)};
+  const Sums pinned = set.prompt_by_prefix() ? Sums{rows.pick(e.num_prompt), rows.pick(e.z_prompt)} : none;
+  const bool with_f_e = options_.metrics.needs_evicted_output();
+
+  const auto evicted_tokens = [&](auto use) {
+    for (const auto& [token, missing_from] : lane.evicted) {
+      const int from = std::max(0, missing_from - e.begin);
+      use(e.weights.row(token).data(), layer_.v[lane.kv_head].row(token).data(), from, rows.steps);
+    }
+  };
+  const auto retained_tokens = [&](auto use) {
+    for (const Column& c : lane.columns) {
+      use(c.weights, c.value, 0, c.plain_end);
+    }
+  };
+  const auto attended_columns = [&](auto use) {
+    for (const Column& c : lane.columns) {
+      use(c.weights, c.value, c.begin, c.end);
+    }
+  };
+
+  // Retained and evicted tokens: sum the smaller side, the other is what is left of all.
+  const auto rest = [&](const Sums& x) { return Sums{all.num - x.num, all.z - x.z}; };
+  const Eigen::ArrayXd* all_z = with_f_e ? &all.z : nullptr;
+  Sums retained, evicted, output;
+  bool evicted_by_difference = true;
+  if (set.reads()) {
+    retained = set.rewrites() ? Sums{lane.read_plain_num, lane.read_plain_z} : Sums{lane.read_num, lane.read_z};
+    evicted = rest(retained);
+    if (set.rewrites()) {
+      output = {lane.read_num, lane.read_z};
+    }
+  } else {
+    if (lane.evicted.size() < lane.slots.size() + lane.pinned.size()) {
+      evicted = Sums::add(rows, none, evicted_tokens, all_z);
+      retained = rest(evicted);
+      evicted_by_difference = false;
+    } else {
+      retained = Sums::add(rows, pinned, retained_tokens, all_z);
+      evicted = rest(retained);
+    }
+    // What the method itself returns, where it is not the retained tokens as they were.
+    if (set.rewrites()) {
+      output = Sums::add(rows, pinned, attended_columns, nullptr);
+    }
+  }
+  const Sums& own = set.rewrites() ? output : retained;
+  evicted.z = evicted.z.max(0.0);
+  if (evicted_by_difference && !set.reads() && options_.metrics.has(Metric::log_mass_ratio) && !compensators_.empty() &&
+      !lane.evicted.empty() && (evicted.z < kExactDifference * all.z).any()) {
+    evicted.z.setZero();
+    evicted_tokens([&](const float* weights, const float*, int lo, int hi) {
+      if (lo >= hi) {
+        return;
+      }
+      rows.own(weights, lo, hi,
+               [&](const auto& x) { evicted.z.segment(lo * rows.heads, x.size()) += x.template cast<double>(); });
+    });
+  }
+
+  std::vector<int> n_missing(std::size_t(rows.steps), 0);  // evicted tokens that each step misses
+  {
+    std::size_t seen = 0;
+    for (int s = 0; s < rows.steps; ++s) {
+      while (seen < lane.evicted.size() && lane.evicted[seen].missing_from <= e.begin + s) {
+        ++seen;
+      }
+      n_missing[std::size_t(s)] = int(seen);
+    }
+  }
+
+  std::vector<Loss> losses;
+  for (std::size_t i = lane.n_measured; i < lane.evicted.size(); ++i) {
+    const auto [token, missing_from] = lane.evicted[i];
+    losses.push_back({std::max(0, missing_from - e.begin), layer_.k[lane.kv_head].row(token).data(),
+                      layer_.v[lane.kv_head].row(token).data()});
+  }
+  std::vector<Estimate> estimates(compensators_.size());
+  const MomentRows* moments = nullptr;
+  if (moments_) {
+    const MatF q = rows.pick(MatF(layer_.queries(lane.kv_head, e.begin, rows.steps)));
+    moments = &moments_->block(q, rows.heads, losses);
+    for (std::size_t c = 0; c < compensators_.size(); ++c) {
+      compensators_[c]->estimate({q, rows.heads, losses, *moments}, estimates[c]);
+    }
+  }
+  Eigen::ArrayXd variance, spread;
+  if (options_.metrics.has(Metric::logit_variance) || options_.metrics.has(Metric::logit_spread)) {
+    logits(set, lane, rows, moments->mean_logit, variance, spread);
+    if (variance.size() == 0) {
+      variance = moments->variance_full;
+    }
+  }
+
+  // Where the series of this block begin, by head of the lane.
+  struct Out {
+    float *evicted_mass, *error, *error_output, *cos, *mismatch, *norm_ratio, *parallel, *orthogonal, *variance,
+        *spread;
+    std::vector<float*> corrected, cos_estimate, log_ratio, exact_mass, exact_direction;
+  };
+  std::vector<Out> outs;
+  for (int h = 0; h < rows.heads; ++h) {
+    const int head = lane.kv_head * layer_.group_size + lane.first_head + h;
+    Out& o = outs.emplace_back();
+    o = {out(Metric::evicted_mass, head),
+         out(Metric::error, head),
+         out(Metric::error_output, head),
+         out(Metric::cos_retained_evicted, head),
+         out(Metric::directional_mismatch, head),
+         out(Metric::norm_ratio_evicted, head),
+         out(Metric::error_parallel, head),
+         out(Metric::error_orthogonal, head),
+         out(Metric::logit_variance, head),
+         out(Metric::logit_spread, head),
+         {},
+         {},
+         {},
+         {},
+         {}};
+    for (int c = 0; c < int(compensators_.size()); ++c) {
+      o.corrected.push_back(out(Metric::error_corrected, head, c));
+      o.cos_estimate.push_back(out(Metric::cos_estimate, head, c));
+      o.log_ratio.push_back(out(Metric::log_mass_ratio, head, c));
+      o.exact_mass.push_back(out(Metric::error_exact_mass, head, c));
+      o.exact_direction.push_back(out(Metric::error_exact_direction, head, c));
+    }
+  }
+  const auto put = [](float* series, int step, double x) {
+    if (series) {
+      series[step] = float(x);
+    }
+  };
+
+  Eigen::RowVectorXd f, f_r, f_e, f_own, correction, difference;
+  for (int r = 0; r < n_rows; ++r) {
+    const int step = r / rows.heads;
+    Out& o = outs[std::size_t(r % rows.heads)];
+    const int head = lane.kv_head * layer_.group_size + lane.first_head + r % rows.heads;
+    f = all.num.row(r) / all.z[r];
+    const double norm_f = f.norm();
+    if (errors) {
+      errors->full.row(step).segment(head * rows.dim, rows.dim) = f.cast<float>();
+    }
+    const auto keep_error = [&](MatF& where, const auto& x) {
+      where.row(step).segment(head * rows.dim, rows.dim) = x.template cast<float>();
+    };
+    const int n_seen = e.begin + step + 1;
+    const bool complete =
+        set.reads() ? int(lane.read[std::size_t(r)].size()) == n_seen : n_missing[std::size_t(step)] == 0;
+    const double w_e = complete ? 0 : std::min(1.0, evicted.z[r] / all.z[r]);
+    put(o.evicted_mass, step, w_e);
+    if (complete && !set.rewrites()) {  // nothing is missing and nothing was changed
+      put(o.error, step, 0);
+      put(o.error_output, step, 0);
+      for (float* c : o.corrected) {
+        put(c, step, 0);
+      }
+      continue;
+    }
+    const bool usable = (complete || retained.z[r] >= kLeastRetained) && own.z[r] >= kLeastRetained && norm_f > 0;
+    if (!usable) {
+      if (errors) {
+        const auto nan = Eigen::RowVectorXf::Constant(rows.dim, kSkipped);
+        keep_error(errors->plain, nan);
+        keep_error(errors->output, nan);
+        for (MatF& m : errors->corrected) {
+          keep_error(m, nan);
+        }
+      }
+      continue;
+    }
+
+    f_r = complete ? f : Eigen::RowVectorXd(retained.num.row(r) / retained.z[r]);
+    difference = f - f_r;
+    put(o.error, step, complete ? 0 : difference.norm() / norm_f);
+    if (errors) {
+      keep_error(errors->plain, difference);
+    }
+    f_own = set.rewrites() ? Eigen::RowVectorXd(own.num.row(r) / own.z[r]) : f_r;
+    difference = f - f_own;
+    double error_output = difference.norm() / norm_f;
+    if (errors && acting_ < 0) {
+      keep_error(errors->output, difference);
+    }
+
+    const double ln_z_own = std::log(own.z[r]) + double(max_logit[r]);
+    const double ln_z_e = std::log(evicted.z[r]) + double(max_logit[r]);
+    const bool sees_f_e = !complete && with_f_e && w_e >= kLeastEvicted;
+    double norm_e = 0;
+    if (sees_f_e) {
+      f_e = evicted.num.row(r) / evicted.z[r];
+      norm_e = f_e.norm();
+      const double norm_r = f_r.norm();
+      if (norm_e > 0 && norm_r > 0) {
+        const double cosine = f_r.dot(f_e) / (norm_r * norm_e);
+        put(o.cos, step, cosine);
+        put(o.mismatch, step, 1 - cosine);
+        put(o.norm_ratio, step, std::log(norm_e / norm_r));
+        // |f_E sin| without cancellation: what is left of f_E beside its part along f_R.
+        const double along = f_r.dot(f_e) / norm_r;
+        put(o.parallel, step, w_e * std::abs(along - norm_r) / norm_f);
+        put(o.orthogonal, step, w_e * (f_e - f_r * (along / norm_r)).norm() / norm_f);
+      }
+    }
+    if (!complete && variance.size() > 0) {
+      put(o.variance, step, variance[r]);
+      put(o.spread, step, spread[r]);
+    }
+
+    for (std::size_t c = 0; c < estimates.size(); ++c) {
+      const double ln_z_hat = estimates[c].log_mass[r];
+      const auto value = estimates[c].value.row(r);
+      const bool any = ln_z_hat > -std::numeric_limits<double>::infinity();
+      // The share that the estimate gets of the whole; exp of the difference alone, never of a logit.
+      const double w_hat = any ? 1 / (1 + std::exp(std::clamp(ln_z_own - ln_z_hat, -700.0, 700.0))) : 0;
+      correction = any ? Eigen::RowVectorXd(value - f_own) : Eigen::RowVectorXd::Zero(rows.dim);
+      difference = f - f_own - w_hat * correction;
+      const double corrected = difference.norm() / norm_f;
+      put(o.corrected[c], step, corrected);
+      if (errors) {
+        keep_error(errors->corrected[c], difference);
+      }
+      if (int(c) == acting_) {
+        error_output = corrected;
+        if (errors) {
+          keep_error(errors->output, difference);
+        }
+      }
+      if (complete || !any) {
+        continue;
+      }
+      if (evicted.z[r] > 0) {
+        put(o.log_ratio[c], step, ln_z_e - ln_z_hat);
+      }
+      if (o.exact_mass[c]) {
+        put(o.exact_mass[c], step, (f - f_own - w_e * correction).norm() / norm_f);
+      }
+      if (sees_f_e) {
+        const double norm_hat = value.norm();
+        if (norm_e > 0 && norm_hat > 0) {
+          put(o.cos_estimate[c], step, f_e.dot(value) / (norm_e * norm_hat));
+        }
+        if (o.exact_direction[c]) {
+          put(o.exact_direction[c], step, (f - f_own - w_hat * (f_e - f_own)).norm() / norm_f);
+        }
+      }
+    }
+    put(o.error_output, step, error_output);
+  }
+}
+
+// Extremes of the evicted logits against their mean, and their variance where the moments cannot tell it: with a
+// soft-cap, and where a reader leaves resident tokens out.
+void Meter::logits(const Set& set, const Lane& lane, const Rows& rows, const Eigen::ArrayXd& mean,
+                   Eigen::ArrayXd& variance, Eigen::ArrayXd& spread) const {
+  const ExactBlock& e = set.exact(lane);
+  const int n_rows = rows.size();
+  spread.setZero(n_rows);
+  if (set.reads()) {
+    variance.setZero(n_rows);
+    for (int r = 0; r < n_rows; ++r) {
+      const auto& read = lane.read[std::size_t(r)];
+      const int row = rows.exact(r), n_seen = e.begin + r / rows.heads + 1;
+      const auto left_out = [&](auto use) {
+        std::size_t next = 0;
+        for (Pos p = 0; p < n_seen; ++p) {
+          if (next < read.size() && read[next] == p) {
+            ++next;
+          } else {
+            use(double(e.logits(p, row)));
+          }
+        }
+      };
+      double n = 0, sum = 0, squares = 0, far = 0;
+      left_out([&](double x) { sum += x, ++n; });
+      left_out([&](double x) { squares += (x - sum / n) * (x - sum / n), far = std::max(far, std::abs(x - sum / n)); });
+      variance[r] = n > 0 ? squares / n : 0;
+      spread[r] = far;
+    }
+    return;
+  }
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  Eigen::ArrayXf low = Eigen::ArrayXf::Constant(n_rows, kInf), high = -low;
+  const auto evicted = [&](auto use) {
+    for (const auto& [token, missing_from] : lane.evicted) {
+      const int lo = std::max(0, missing_from - e.begin);
+      if (lo >= rows.steps) {
+        continue;
+      }
+      rows.own(e.logits.row(token).data(), lo, rows.steps, [&](const auto& x) { use(lo * rows.heads, x); });
+    }
+  };
+  evicted([&](int from, const auto& x) {
+    auto l = low.segment(from, x.size());
+    auto h = high.segment(from, x.size());
+    l = l.min(x);
+    h = h.max(x);
+  });
+  if (layer_.logit_softcap > 0) {
+    Eigen::ArrayXd n = Eigen::ArrayXd::Zero(n_rows), sum = n;
+    variance = n;
+    evicted([&](int from, const auto& x) {
+      n.segment(from, x.size()) += 1;
+      sum.segment(from, x.size()) += x.template cast<double>();
+    });
+    sum /= n.max(1.0);
+    evicted([&](int from, const auto& x) {
+      variance.segment(from, x.size()) += (x.template cast<double>() - sum.segment(from, x.size())).square();
+    });
+    variance /= n.max(1.0);
+    spread = (high.cast<double>() - sum).max(sum - low.cast<double>());
+  } else {
+    spread = (high.cast<double>() - mean).max(mean - low.cast<double>());
+  }
+}
+
+void Meter::kv_head(const Set& set, const Lane& lane) {
+  float* resident = out(Metric::resident, row_);
+  float* attended = out(Metric::attended, row_);
+  float* bytes = out(Metric::bytes, row_);
+  float* bytes_read = out(Metric::bytes_read, row_);
+  for (int s = 0; s < set.n_steps; ++s) {
+    const auto i = std::size_t(s);
+    if (resident) {
+      resident[s] = float(lane.n_resident[i]);
+    }
+    if (bytes) {
+      bytes[s] = float(lane.step_bytes[i]);
+    }
+    if (bytes_read) {
+      bytes_read[s] = float(lane.step_bytes_read[i]);
+    }
+    if (!attended) {
+      continue;
+    }
+    double sum = lane.n_resident[i];
+    if (set.reads()) {
+      sum = 0;
+      for (int h = 0; h < set.n_heads; ++h) {
+        sum += double(lane.read[i * std::size_t(set.n_heads) + std::size_t(h)].size());
+      }
+      sum /= set.n_heads;
+    }
+    attended[s] = float(sum);
+  }
+  retention(set, lane);
+  checkpoints(set, lane);
+}
+
+void Meter::retention(const Set& set, const Lane& lane) {
+  if (layer_.spans.empty()) {
+    return;
+  }
+  const auto lose = [&](Pos p) {
+    for (std::size_t i = 0; i < layer_.spans.size(); ++i) {
+      span_evicted_[i] += layer_.spans[i].begin <= p && p < layer_.spans[i].end;
+    }
+  };
+  std::size_t next = lane.n_measured;
+  for (int s = 0; s < set.n_steps; ++s) {
+    const Pos now = begin_ + s;
+    for (; next < lane.evicted.size() && lane.evicted[next].missing_from <= now; ++next) {
+      lose(lane.evicted[next].token);
+    }
+    for (Series& series : cell_.series) {
+      if (series.metric != Metric::retention) {
+        continue;
+      }
+      int born = 0, kept = 0;
+      for (std::size_t i = 0; i < layer_.spans.size(); ++i) {  // ranges of one name count together
+        const TokenSpan& span = layer_.spans[i];
+        if (span.name != series.span) {
+          continue;
+        }
+        const int here = std::clamp(now + 1 - span.begin, 0, span.end - span.begin);
+        born += here;
+        kept += here - span_evicted_[i];
+      }
+      if (born > 0) {
+        series.at(row_, now - layer_.prompt_len) = float(kept) / float(born);
+      }
+    }
+  }
+  for (; next < lane.evicted.size(); ++next) {
+    lose(lane.evicted[next].token);
+  }  // the next block feels these
+}
+
+void Meter::checkpoints(const Set& set, const Lane& lane) {
+  if (!options_.metrics.at_checkpoints()) {
+    return;
+  }
+  const std::vector<int> steps = checkpoint_steps(layer_.n_steps(), options_.n_checkpoints);
+  const int first = begin_ - layer_.prompt_len;
+  const bool chance = options_.metrics.any([](const MetricInfo& i) { return i.name.ends_with("_chance"); });
+  for (std::size_t c = 0; c < steps.size(); ++c) {
+    const int s = steps[c] - first;
+    if (s < 0 || s >= set.n_steps) {
+      continue;
+    }
+    const Pos now = begin_ + s;
+    std::vector<char> kept(std::size_t(now) + 1, 1);
+    if (set.reads()) {  // what any head of the group attends
+      std::fill(kept.begin(), kept.end(), 0);
+      for (int h = 0; h < set.n_heads; ++h) {
+        for (Pos p : lane.read[std::size_t(s * set.n_heads + h)]) {
+          kept[std::size_t(p)] = 1;
+        }
+      }
+    } else {
+      for (const auto& [token, missing_from] : lane.evicted) {
+        if (missing_from <= now) {
+          kept[std::size_t(token)] = 0;
+        }
+      }
+    }
+    std::vector<Pos> retained;
+    for (Pos p = 0; p <= now; ++p) {
+      if (kept[std::size_t(p)]) {
+        retained.push_back(p);
+      }
+    }
+    if (int(retained.size()) < Checkpoints::kLeast || now + 1 - Pos(retained.size()) < Checkpoints::kLeast) {
+      continue;
+    }
+    const Checkpoints::Answer a = checkpoints_.measure(lane.kv_head, now, retained, chance);
+    const auto put = [&](Metric metric, double x) {
+      for (Series& series : cell_.series) {
+        if (series.metric == metric) {
+          series.at(row_, int(c)) = float(x);
+        }
+      }
+    };
+    put(Metric::outside_energy_k, a.k.outside_energy);
+    put(Metric::outside_energy_v, a.v.outside_energy);
+    put(Metric::subspace_cos_k, a.k.subspace_cos);
+    put(Metric::subspace_cos_v, a.v.subspace_cos);
+    put(Metric::centroid_cos_k, a.k.centroid_cos);
+    put(Metric::centroid_cos_v, a.v.centroid_cos);
+    if (!chance) {
+      continue;
+    }
+    put(Metric::outside_energy_k_chance, a.k_chance.outside_energy);
+    put(Metric::outside_energy_v_chance, a.v_chance.outside_energy);
+    put(Metric::subspace_cos_k_chance, a.k_chance.subspace_cos);
+    put(Metric::subspace_cos_v_chance, a.v_chance.subspace_cos);
+  }
+}
+
+std::vector<int> checkpoint_steps(int n_steps, int n_checkpoints) {
+  std::vector<int> steps;
+  for (int i = 1; i <= n_checkpoints; ++i) {
+    const int s = int(std::int64_t(i) * n_steps / n_checkpoints) - 1;
+    if (s >= 0 && (steps.empty() || steps.back() != s)) {
+      steps.push_back(s);
+    }
+  }
+  return steps;
+}
+
+void add_series(CellResult& cell, const Layer& layer, const ReplayOptions& options, int kv_rows) {
+  cell.n_steps = layer.n_steps();
+  const std::vector<int> checkpoints = checkpoint_steps(cell.n_steps, options.n_checkpoints);
+  for (const MetricInfo& info : all_metrics()) {
+    if (!options.metrics.has(info.metric) || (info.level == Level::layer && layer.w_o.size() == 0)) {
+      continue;
+    }
+    const auto add = [&](int compensator, const std::string& span) {
+      Series s{.metric = info.metric,
+               .compensator = compensator,
+               .span = span,
+               .rows = 1,
+               .steps = {},
+               .n_steps = cell.n_steps,
+               .values = {}};
+      if (info.level == Level::query_head) {
+        s.rows = layer.n_heads;
+      }
+      if (info.level == Level::kv_head) {
+        s.rows = kv_rows;
+      }
+      if (info.at_checkpoints) {
+        s.steps = checkpoints;
+        s.n_steps = int(checkpoints.size());
+      }
+      s.values.assign(std::size_t(s.rows) * std::size_t(s.n_steps), kSkipped);
+      cell.series.push_back(std::move(s));
+    };
+    if (info.per_compensator) {
+      for (int c = 0; c < int(cell.compensators.size()); ++c) {
+        add(c, "");
+      }
+    } else if (info.metric == Metric::retention) {
+      std::vector<std::string> names;
+      for (const TokenSpan& span : layer.spans) {
+        if (std::find(names.begin(), names.end(), span.name) == names.end()) {
+          names.push_back(span.name);
+        }
+      }
+      for (const std::string& name : names) {
+        add(-1, name);
+      }
+    } else {
+      add(-1, "");
+    }
+  }
+}
+
+void fold_query_heads(CellResult& cell, const Layer& layer) {
+  for (Series& s : cell.series) {
+    if (info(s.metric).level != Level::kv_head) {
+      continue;
+    }
+    const bool adds_up = s.metric == Metric::resident || s.metric == Metric::bytes || s.metric == Metric::bytes_read;
+    Series folded = s;
+    folded.rows = layer.n_kv_heads;
+    folded.values.assign(std::size_t(folded.rows) * std::size_t(s.n_steps), kSkipped);
+    for (int h = 0; h < layer.n_kv_heads; ++h) {
+      for (int i = 0; i < s.n_steps; ++i) {
+        double sum = 0;
+        int n = 0;
+        for (int g = 0; g < layer.group_size; ++g) {
+          const float x = s.at(h * layer.group_size + g, i);
+          if (!std::isnan(x)) {
+            sum += double(x), ++n;
+          }
+        }
+        if (n > 0) {
+          folded.at(h, i) = float(adds_up ? sum : sum / n);
+        }
+      }
+    }
+    s = std::move(folded);
+  }
+}
+
+const Series* CellResult::find(Metric metric, int compensator) const {
+  for (const Series& s : series) {
+    if (s.metric == metric && s.compensator == compensator) {
+      return &s;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,34 @@
+#include "sim/progress.hpp"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cstdio>
+
+namespace kvreplay {
+
+Progress::Progress(double total)
+    : total_(total), terminal_(::isatty(STDERR_FILENO) == 1), start_(Clock::now()), last_(start_) {}
+
+Progress::~Progress() {
+  if (drawn_ && terminal_) {
+    fmt::print(stderr, "\n");
+  }
+}
+
+void Progress::at(double done, const std::string& what) {
+  const auto now = Clock::now();
+  const double since_last = std::chrono::duration<double>(now - last_).count();
+  if (since_last < (terminal_ ? 0.2 : 30)) {
+    return;
+  }
+  last_ = now;
+  drawn_ = true;
+  const double elapsed = std::chrono::duration<double>(now - start_).count();
+  const double share = total_ > 0 ? done / total_ : 1;
+  const double left = share > 0 ? elapsed * (1 - share) / share : 0;
+  fmt::print(stderr, "{}{}: {:.0f} % done, {:.0f} steps/s, {:.0f} s left{}", terminal_ ? "\r\033[K" : "", what,
+             100 * share, done / elapsed, left, terminal_ ? "" : "\n");
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,467 @@
+#include "sim/replay.hpp"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <optional>
+
+#include "sim/checkpoints.hpp"
+#include "sim/measure.hpp"
+#include "sim/set.hpp"
+
+namespace kvreplay {
+namespace {
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// One job while its layer is replayed.
+struct Running {
+  const Job* job;
+  std::vector<std::unique_ptr<Set>> sets;
+  std::vector<Meter> meters;  // one per lane, in order of sets
+  CellCompensators compensators;
+  std::unique_ptr<Allocator> allocator;
+  bool to_allocate = false;  // head budgets wait for the first cut or eviction
+  std::unique_ptr<HeadErrors> errors;
+  std::vector<double> seconds;  // per set
+};
+
+// Runs tasks on a team of threads; an exception of a task becomes its cell's sentence.
+template <class Task>
+void parallel(int n, int threads, Task task) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int i = 0; i < n; ++i) {
+    task(i);
+  }
+}
+
+class Replay {
+ public:
+  Replay(const Layer& layer, std::span<const Job> jobs, const ReplayOptions& options)
+      : layer_(layer), options_(options), shared_{layer, {}, {}, {}, {}}, checkpoints_(layer, options.seed) {
+    shared_.exact.resize(std::size_t(layer.n_kv_heads));
+    product_ = options.metrics.needs_evicted_output() ? ValueProduct::f64 : ValueProduct::f32;
+    keep_logits_ = options.metrics.has(Metric::logit_spread) || options.metrics.has(Metric::logit_variance);
+    result_.cells.resize(jobs.size());
+    for (const Job& job : jobs) {
+      running_.push_back({.job = &job,
+                          .sets = {},
+                          .meters = {},
+                          .compensators = {},
+                          .allocator = nullptr,
+                          .errors = nullptr,
+                          .seconds = {}});
+    }
+  }
+
+  LayerResult run() {
+    const double start = seconds();
+    look_ahead();
+    shared_prefill();
+    for (std::size_t j = 0; j < running_.size(); ++j) {
+      guarded(j, [&] { make(j); });
+    }
+    parallel(int(running_.size()), options_.threads,
+             [&](int j) { guarded(std::size_t(j), [&] { prefill(std::size_t(j)); }); });
+    result_.prefill_seconds = seconds() - start;
+
+    for (Pos begin = layer_.prompt_len; begin < layer_.n_tokens; begin += options_.block_steps) {
+      if (options_.stop && options_.stop->load()) {
+        result_.complete = false;
+        break;
+      }
+      block(begin, std::min<int>(options_.block_steps, layer_.n_tokens - begin));
+    }
+    for (std::size_t j = 0; j < running_.size(); ++j) {
+      finish(j);
+    }
+    return std::move(result_);
+  }
+
+ private:
+  template <class Work>
+  void guarded(std::size_t j, Work work) {
+    if (!result_.cells[j].error.empty()) {
+      return;
+    }
+    try {
+      work();
+    } catch (const std::exception& e) {
+#pragma omp critical(kvreplay_cell_error)
+      result_.cells[j].error = e.what();
+    }
+  }
+
+  // What oracles see of later steps.
+  void look_ahead() {
+    bool attention = false, outputs = false;
+    for (const Running& r : running_) {
+      const Needs needs = r.job->method->needs();
+      attention |= needs.future_attention;
+      outputs |= needs.future_outputs;
+    }
+    if (attention) {
+      shared_.future.resize(std::size_t(layer_.n_kv_heads));
+    }
+    if (outputs) {
+      shared_.full.resize(std::size_t(layer_.n_kv_heads));
+    }
+    parallel(layer_.n_kv_heads, options_.threads, [&](int h) {
+      if (attention) {
+        shared_.future[std::size_t(h)] = column_mass(layer_, h, layer_.prompt_len, layer_.n_tokens);
+      }
+      if (!outputs) {
+        return;
+      }
+      MatD& full = shared_.full[std::size_t(h)];
+      full.resize(Eigen::Index(layer_.n_steps()) * layer_.group_size, layer_.v_head_dim);
+      ExactBlock e;
+      for (Pos begin = layer_.prompt_len; begin < layer_.n_tokens; begin += options_.block_steps) {
+        e.compute(layer_, h, begin, std::min<int>(options_.block_steps, layer_.n_tokens - begin), ValueProduct::f64,
+                  false);
+        full.middleRows(Eigen::Index(begin - layer_.prompt_len) * layer_.group_size, e.rows) =
+            e.num.array().colwise() / e.z;
+      }
+    });
+  }
+
+  // The last prompt token's attention, and the prompt's column masses, for all methods.
+  void shared_prefill() {
+    std::vector<int> windows;
+    for (const Running& r : running_) {
+      const int w = r.job->method->needs().prompt_queries;
+      if (w != 0 && std::find(windows.begin(), windows.end(), w) == windows.end()) {
+        windows.push_back(w);
+      }
+    }
+    for (int w : windows) {
+      for (int h = 0; h < layer_.n_kv_heads; ++h) {
+        shared_.mass[{h, w}];
+      }
+    }
+    const Pos last = layer_.prompt_len - 1;
+    parallel(layer_.n_kv_heads, options_.threads, [&](int h) {
+      ExactBlock& e = shared_.exact[std::size_t(h)];
+      if (layer_.first_query <= last) {
+        e.compute(layer_, h, last, 1, ValueProduct::none, false);
+      } else {
+        e.blank(layer_, last, 1);
+      }
+      for (int w : windows) {
+        const Pos from = w == Needs::kAll ? 0 : std::max<Pos>(0, layer_.prompt_len - w);
+        shared_.mass.at({h, w}) = column_mass(layer_, h, from, layer_.prompt_len);
+      }
+    });
+  }
+
+  // Compensators of a cell: those measured beside every method, and the method's own.
+  void choose_compensators(std::size_t j) {
+    const Method& m = *running_[j].job->method;
+    CellCompensators& c = running_[j].compensators;
+    c.parts = options_.compensators;
+    std::vector<std::string>& names = result_.cells[j].compensators;
+    for (const PartUse* part : c.parts) {
+      names.push_back(canonical(*part));
+    }
+    if (m.compensate) {
+      const auto it = std::find(names.begin(), names.end(), canonical(*m.compensate));
+      c.acting = int(it - names.begin());
+      if (it == names.end()) {
+        names.push_back(canonical(*m.compensate));
+        c.parts.push_back(&*m.compensate);
+      }
+    }
+    result_.cells[j].acting = c.acting;
+  }
+
+  void make(std::size_t j) {
+    Running& r = running_[j];
+    const Method& m = *r.job->method;
+    CellResult& cell = result_.cells[j];
+    choose_compensators(j);
+    if (!r.compensators.parts.empty() && layer_.logit_softcap > 0) {
+      throw ConfigError(
+          "compensators in closed form do not hold under a logit soft-cap, which this model has; use "
+          "--compensators none");
+    }
+    const SetPlan plan{.select = &m.select,
+                       .read = m.read ? &*m.read : nullptr,
+                       .rewrite = m.rewrite ? &*m.rewrite : nullptr,
+                       .traits = m.traits,
+                       .budget = r.job->budget,
+                       .seed = options_.seed,
+                       .evicted_at = r.job->evicted_at};
+    const int n = Set::count(layer_, m.traits.scope);
+    for (int i = 0; i < n; ++i) {
+      r.sets.push_back(std::make_unique<Set>(shared_, plan, i));
+    }
+    r.seconds.assign(std::size_t(n), 0);
+    if (m.allocate) {
+      r.allocator = m.allocate->info->allocate(m.allocate->config(layer_.index).get());
+      r.to_allocate = r.allocator->over_sets();
+    }
+    add_series(cell, layer_, options_, m.traits.scope == Scope::query_head ? layer_.n_heads : layer_.n_kv_heads);
+    for (const auto& set : r.sets) {
+      for (int lane = 0; lane < set->n_lanes; ++lane) {
+        r.meters.emplace_back(layer_, options_, r.compensators, cell, checkpoints_, *set, lane);
+      }
+    }
+    if (layer_.w_o.size() > 0 && options_.metrics.projected()) {
+      r.errors = std::make_unique<HeadErrors>();
+      r.errors->corrected.resize(r.compensators.parts.size());
+    }
+  }
+
+  void allocate(Running& r, const std::vector<std::vector<float>>& scores) {
+    if (!r.to_allocate || scores[0].empty()) {
+      return;
+    }
+    const std::vector<int> budgets = r.allocator->assign(scores, r.job->budget);
+    for (std::size_t i = 0; i < r.sets.size(); ++i) {
+      r.sets[i]->budget = std::max(1, budgets[i]);
+    }
+    r.to_allocate = false;
+  }
+
+  void cut_prompt(Running& r) {
+    const Method& m = *r.job->method;
+    const SetPlan plan{
+        .select = &*m.prefill_select,
+        .traits = m.prefill_traits,
+        .budget = m.prefill_budget.tokens(layer_.prompt_len, slot_bytes(), 0, sets_per_kv_head(m.prefill_traits.scope)),
+        .seed = options_.seed};
+    std::vector<float> scores;
+    for (int i = 0; i < Set::count(layer_, m.prefill_traits.scope); ++i) {
+      Set cut(shared_, plan, i);
+      cut.prefill_scores(scores);
+      cut.prefill_evict(scores);
+      const std::vector<Pos> kept(cut.positions().begin(), cut.positions().end());
+      for (const auto& set : r.sets) {
+        for (int lane = 0; lane < set->n_lanes; ++lane) {
+          const Lane& to = set->lanes[std::size_t(lane)];
+          for (const Lane& from : cut.lanes) {
+            const bool same_head = from.kv_head == to.kv_head &&
+                                   (m.prefill_traits.scope != Scope::query_head || from.first_head == to.first_head);
+            if (same_head) {
+              set->pin(lane, kept);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  void prefill(std::size_t j) {
+    Running& r = running_[j];
+    const double start = seconds();
+    if (r.job->method->prefill_select) {
+      cut_prompt(r);
+    }
+    std::vector<std::vector<float>> scores(r.sets.size());
+    for (std::size_t i = 0; i < r.sets.size(); ++i) {
+      r.sets[i]->prefill_scores(scores[i]);
+    }
+    allocate(r, scores);
+    for (std::size_t i = 0; i < r.sets.size(); ++i) {
+      r.sets[i]->prefill_evict(scores[i]);
+    }
+    r.seconds[0] += seconds() - start;
+  }
+
+  void block(Pos begin, int steps) {
+    double start = seconds();
+    parallel(layer_.n_kv_heads, options_.threads, [&](int h) {
+      ExactBlock& e = shared_.exact[std::size_t(h)];
+      e.compute(layer_, h, begin, steps, product_, keep_logits_);
+      if (!shared_.future.empty()) {
+        e.add_column_mass(shared_.future[std::size_t(h)], -1);
+      }
+    });
+    result_.exact_seconds += seconds() - start;
+
+    // A task is one set; a job whose sets still wait for one another to be allocated is one task.
+    struct Task {
+      std::size_t job;
+      int set;  // -1: all of them together
+    };
+    std::vector<Task> tasks;
+    for (std::size_t j = 0; j < running_.size(); ++j) {
+      Running& r = running_[j];
+      if (r.errors) {
+        begin_errors(*r.errors, steps);
+      }
+      if (r.to_allocate) {
+        tasks.push_back({j, -1});
+      } else {
+        for (int i = 0; i < int(r.sets.size()); ++i) {
+          tasks.push_back({j, i});
+        }
+      }
+    }
+    parallel(int(tasks.size()), options_.threads, [&](int t) {
+      const auto [j, i] = tasks[std::size_t(t)];
+      guarded(j, [&] { i < 0 ? step_together(running_[j], steps) : step_alone(running_[j], std::size_t(i), steps); });
+    });
+    if (layer_.w_o.size() > 0) {
+      parallel(int(running_.size()), options_.threads,
+               [&](int j) { guarded(std::size_t(j), [&] { project(std::size_t(j), begin, steps); }); });
+    }
+    if (options_.progress) {
+      options_.progress(begin + steps - layer_.prompt_len);
+    }
+  }
+
+  void step_alone(Running& r, std::size_t i, int steps) {
+    const double start = seconds();
+    Set& set = *r.sets[i];
+    set.begin_block(steps);
+    std::vector<float> scores;
+    const auto evict = [&] {
+      set.evict_scores(scores);
+      set.evict(scores);
+    };
+    for (int s = 0; s < steps; ++s) {
+      set.arrive(s);
+      if (set.evicts_before()) {
+        evict();
+      }
+      set.attend();
+      if (!set.evicts_before()) {
+        evict();
+      }
+      set.finish();
+    }
+    measure(r, i);
+    r.seconds[i] += seconds() - start;
+  }
+
+  void step_together(Running& r, int steps) {
+    const double start = seconds();
+    std::vector<std::vector<float>> scores(r.sets.size());
+    const auto evict = [&] {
+      for (std::size_t i = 0; i < r.sets.size(); ++i) {
+        r.sets[i]->evict_scores(scores[i]);
+      }
+      allocate(r, scores);
+      for (std::size_t i = 0; i < r.sets.size(); ++i) {
+        r.sets[i]->evict(scores[i]);
+      }
+    };
+    const bool before = r.sets[0]->evicts_before();
+    for (auto& set : r.sets) {
+      set->begin_block(steps);
+    }
+    for (int s = 0; s < steps; ++s) {
+      for (auto& set : r.sets) {
+        set->arrive(s);
+      }
+      if (before) {
+        evict();
+      }
+      for (auto& set : r.sets) {
+        set->attend();
+      }
+      if (!before) {
+        evict();
+      }
+      for (auto& set : r.sets) {
+        set->finish();
+      }
+    }
+    for (std::size_t i = 0; i < r.sets.size(); ++i) {
+      measure(r, i);
+    }
+    r.seconds[0] += seconds() - start;
+  }
+
+  void measure(Running& r, std::size_t i) {
+    Set& set = *r.sets[i];
+    for (int lane = 0; lane < set.n_lanes; ++lane) {
+      r.meters[i * std::size_t(set.n_lanes) + std::size_t(lane)].block(set, set.lanes[std::size_t(lane)],
+                                                                       r.errors.get());
+    }
+  }
+
+  void begin_errors(HeadErrors& e, int steps) const {
+    const Eigen::Index width = Eigen::Index(layer_.n_heads) * layer_.v_head_dim;
+    for (MatF* m : {&e.full, &e.plain, &e.output}) {
+      m->setZero(steps, width);
+    }
+    for (MatF& m : e.corrected) {
+      m.setZero(steps, width);
+    }
+  }
+
+  // Errors after the output projection, heads summed: |W_o (f - f_M)| / |W_o f|.
+  void project(std::size_t j, Pos begin, int steps) {
+    Running& r = running_[j];
+    if (!r.errors) {
+      return;
+    }
+    const MatF full = r.errors->full * layer_.w_o.transpose();  // (steps, hidden)
+    const auto put = [&](Metric metric, int compensator, const MatF& difference) {
+      for (Series& s : result_.cells[j].series) {
+        if (s.metric != metric || s.compensator != compensator) {
+          continue;
+        }
+        const MatF projected = difference * layer_.w_o.transpose();
+        for (int i = 0; i < steps; ++i) {
+          const double norm = full.row(i).cast<double>().norm();
+          const double error = projected.row(i).cast<double>().norm();
+          if (norm > 0) {
+            s.at(0, begin - layer_.prompt_len + i) = float(error / norm);
+          }  // NaN stays NaN
+        }
+      }
+    };
+    put(Metric::projected_error, -1, r.errors->plain);
+    put(Metric::projected_error_output, -1, r.errors->output);
+    for (std::size_t c = 0; c < r.errors->corrected.size(); ++c) {
+      put(Metric::projected_error_corrected, int(c), r.errors->corrected[c]);
+    }
+  }
+
+  void finish(std::size_t j) {
+    Running& r = running_[j];
+    CellResult& cell = result_.cells[j];
+    if (!cell.error.empty()) {
+      return;
+    }
+    if (r.job->method->traits.scope == Scope::query_head) {
+      fold_query_heads(cell, layer_);
+    }
+    const bool per_lane = r.job->method->prefill_select.has_value();  // lanes of one set keep different prompts
+    for (const auto& set : r.sets) {
+      for (int lane = 0; lane < (per_lane ? set->n_lanes : 1); ++lane) {
+        auto& row = cell.evicted_at.emplace_back(std::size_t(layer_.n_tokens), layer_.n_steps());
+        for (const Eviction& e : set->lanes[std::size_t(lane)].evicted) {
+          row[std::size_t(e.token)] = e.missing_from - layer_.prompt_len;
+        }
+      }
+    }
+    for (double s : r.seconds) {
+      cell.seconds += s;
+    }
+  }
+
+  double slot_bytes() const { return double(layer_.element_bytes) * (layer_.head_dim + layer_.v_head_dim); }
+  int sets_per_kv_head(Scope scope) const { return scope == Scope::query_head ? layer_.group_size : 1; }
+
+  const Layer& layer_;
+  const ReplayOptions& options_;
+  Shared shared_;
+  Checkpoints checkpoints_;
+  ValueProduct product_;
+  bool keep_logits_;
+  std::vector<Running> running_;
+  LayerResult result_;
+};
+
+}  // namespace
+
+LayerResult replay(const Layer& layer, std::span<const Job> jobs, const ReplayOptions& options) {
+  return Replay(layer, jobs, options).run();
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,585 @@
+#include "sim/run.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <ctime>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "policies/catalogue.hpp"
+#include "policies/errors.hpp"
+#include "sim/load.hpp"
+#include "sim/progress.hpp"
+#include "sim/version.hpp"
+#include "traces/hash.hpp"
+#include "traces/hdf5.hpp"
+
+namespace kvreplay {
+namespace {
+
+namespace fs = std::filesystem;
+using json = nlohmann::json;
+
+constexpr const char* kOpenLoop =
+    "Replay is open-loop (teacher-forced): queries come from the uncompressed run, so errors do not compound across "
+    "layers and steps.";
+
+std::string utc_now() {
+  const std::time_t now = std::time(nullptr);
+  std::tm utc{};
+  gmtime_r(&now, &utc);
+  return fmt::format("{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z", utc.tm_year + 1900, utc.tm_mon + 1, utc.tm_mday,
+                     utc.tm_hour, utc.tm_min, utc.tm_sec);
+}
+
+std::string host_name() {
+  char name[256] = "";
+  return ::gethostname(name, sizeof name - 1) == 0 ? name : "unknown";
+}
+
+// One trace of the run, opened and checked.
+struct Input {
+  TraceReader reader;
+  Pos prompt_len = 0;
+  std::vector<int> layers;
+  std::vector<std::pair<int, std::string>> skipped;  // layer, reason
+};
+
+// One method at one budget, for one trace.
+struct Column {
+  const Method* method;
+  Budget budget;
+};
+
+class Run {
+ public:
+  explicit Run(const RunRequest& request) : request_(request), start_(std::chrono::steady_clock::now()) {}
+
+  RunOutcome operator()() {
+    started_ = utc_now();
+    parse();
+    open_traces();
+    check_everything();
+    prepare_folder();
+    ResultsWriter writer(request_.out, request_.detail);
+    replay_all(writer);
+    writer.publish(run_json());
+    outcome_.n_cells = writer.n_cells();
+    return outcome_;
+  }
+
+ private:
+  void parse() {
+    for (const std::string& text : request_.methods) {
+      methods_.push_back(std::make_unique<Method>(parse_method(text, read_value_table)));
+      for (std::size_t i = 0; i + 1 < methods_.size(); ++i) {
+        if (methods_[i]->name == methods_.back()->name) {
+          throw ConfigError("'" + methods_[i]->label + "' and '" + text + "' are the same method, " +
+                            methods_.back()->name);
+        }
+      }
+    }
+    if (methods_.empty()) {
+      throw ConfigError("no method is given; add for example --method h2o");
+    }
+    for (const std::string& text : request_.budgets) {
+      budgets_.push_back(Budget::parse(text));
+      for (std::size_t i = 0; i + 1 < budgets_.size(); ++i) {
+        if (budgets_[i].text == budgets_.back().text) {
+          throw ConfigError("--budget: " + text + " is given twice");
+        }
+      }
+    }
+    for (const std::string& text : request_.compensators) {
+      compensators_.push_back(parse_part(text, Role::compensate, read_value_table));
+      for (std::size_t i = 0; i + 1 < compensators_.size(); ++i) {
+        if (canonical(compensators_[i]) == canonical(compensators_.back())) {
+          throw ConfigError("--compensators: '" + text + "' is given twice");
+        }
+      }
+    }
+    for (const auto& m : methods_) {
+      if (!m->budgeted()) {
+        columns_.push_back({m.get(), {}});
+      } else if (budgets_.empty()) {
+        throw ConfigError(m->label + " needs a budget; add for example --budget 128");
+      } else {
+        for (const Budget& b : budgets_) {
+          columns_.push_back({m.get(), b});
+        }
+      }
+    }
+  }
+
+  void open_traces() {
+    if (request_.traces.empty()) {
+      throw ConfigError("no trace is given");
+    }
+    std::set<std::string> stems;
+    for (const fs::path& path : request_.traces) {
+      Input input{.reader = TraceReader(path), .prompt_len = request_.prompt_len, .layers = {}, .skipped = {}};
+      const TraceInfo& info = input.reader.info();
+      if (!stems.insert(info.stem).second) {
+        throw ConfigError("two traces of this run are called '" + info.stem + "'; rename one, results name them so");
+      }
+      if (input.prompt_len == 0) {
+        input.prompt_len = info.prompt_len;
+      }
+      if (input.prompt_len >= info.n_tokens) {
+        throw ConfigError(fmt::format("{}: a prompt of {} tokens leaves no decode step of the trace's {} tokens",
+                                      path.string(), input.prompt_len, info.n_tokens));
+      }
+      choose_layers(input);
+      inputs_.push_back(std::make_unique<Input>(std::move(input)));
+    }
+  }
+
+  void choose_layers(Input& input) const {
+    const TraceInfo& info = input.reader.info();
+    for (int layer : request_.layers) {
+      if (std::find(info.layers.begin(), info.layers.end(), layer) == info.layers.end()) {
+        throw ConfigError(fmt::format("--layers: {} has no layer {}; it has {}", info.path.string(), layer,
+                                      fmt::join(info.layers, ", ")));
+      }
+    }
+    for (int layer : request_.layers.empty() ? info.layers : request_.layers) {
+      const int window = std::size_t(layer) < info.sliding_window.size() ? info.sliding_window[std::size_t(layer)] : 0;
+      if (window > 0 && window < info.n_tokens) {
+        input.skipped.emplace_back(layer,
+                                   fmt::format("its sliding window of {} tokens is shorter than the trace", window));
+      } else {
+        input.layers.push_back(layer);
+      }
+    }
+    std::sort(input.layers.begin(), input.layers.end());
+    input.layers.erase(std::unique(input.layers.begin(), input.layers.end()), input.layers.end());
+    if (input.layers.empty()) {
+      throw ConfigError(info.path.string() +
+                        ": every layer has a sliding window shorter than the trace, nothing can be "
+                        "replayed");
+    }
+  }
+
+  // What the methods need of a trace, and whether budgets fit: before anything runs.
+  void check_everything() {
+    for (const auto& input : inputs_) {
+      const TraceInfo& info = input->reader.info();
+      if (info.logit_softcap > 0 && !request_.compensators_given) {
+        compensators_.clear();
+      }
+      if (info.logit_softcap > 0 && !compensators_.empty()) {
+        throw ConfigError(info.path.string() +
+                          ": its model has a logit soft-cap, under which compensators in closed form do not hold; use "
+                          "--compensators none");
+      }
+      for (const Column& c : columns_) {
+        const Method& m = *c.method;
+        const Needs needs = m.needs();
+        const std::string who = info.path.string() + ": " + m.label + " needs ";
+        for (int layer : input->layers) {
+          const Pos first = first_stored_query(input->reader, layer);
+          const Pos want = first_query(needs, input->prompt_len);
+          if (first > want) {
+            throw ConfigError(fmt::format(
+                "{}the queries from position {} on, but layer {} has them from {} on; capture with --queries {}", who,
+                want, layer, first, want < input->prompt_len ? "all" : "decode"));
+          }
+          if (needs.pre_rope && !(info.rope.present && info.rope.invertible)) {
+            throw ConfigError(who + "keys before RoPE, but the trace has no invertible /model/rope");
+          }
+          const auto names = input->reader.score_names(layer);
+          if (!needs.scores.empty() && std::find(names.begin(), names.end(), needs.scores) == names.end()) {
+            throw ConfigError(fmt::format(
+                "{}scores '{}', but layer {} has {}", who, needs.scores, layer,
+                names.empty() ? "none; kvtrace.py writes them" : fmt::format("only {}", fmt::join(names, ", "))));
+          }
+        }
+        if (info.logit_softcap > 0 && m.compensate) {
+          throw ConfigError(info.path.string() + ": " + m.label +
+                            " has a compensator in closed form, which does not hold under the model's logit soft-cap");
+        }
+        const std::vector<int> budgets = layer_budgets(*input, c);
+        for (std::size_t i = 0; i < budgets.size(); ++i) {
+          const int prompt_budget = m.prefill_budget.unit == Budget::Unit::none
+                                        ? 0
+                                        : tokens(*input, m, m.prefill_budget, m.prefill_traits.scope);
+          m.check(budgets[i], prompt_budget);
+          if (!needs.evicted_at.empty()) {
+            read_evicted_at(*input, m, needs.evicted_at, input->layers[i]);
+          }
+        }
+      }
+    }
+  }
+
+  static Pos first_query(const Needs& needs, Pos prompt_len) {
+    return needs.prompt_queries == Needs::kAll ? 0 : std::max<Pos>(0, prompt_len - needs.prompt_queries);
+  }
+
+  static int tokens(const Input& input, const Method& m, const Budget& budget, Scope scope) {
+    const TraceInfo& info = input.reader.info();
+    const double slot = (info.element == ElementType::f32 ? 4.0 : 2.0) * (info.head_dim + info.v_head_dim);
+    double state = 0;
+    if (m.compensate) {
+      SetShape shape{.head_dim = info.head_dim,
+                     .v_head_dim = info.v_head_dim,
+                     .n_tokens = info.n_tokens,
+                     .prompt_len = input.prompt_len,
+                     .budget = 1,
+                     .scores = {},
+                     .evicted_at = {}};
+      state = m.compensate->info->compensate(m.compensate->config(input.layers[0]).get(), shape)->state_bytes();
+    }
+    return budget.tokens(input.prompt_len, slot, state, scope == Scope::query_head ? info.group_size : 1);
+  }
+
+  // Tokens per set, mean over a layer's sets, for each layer of the trace in the run.
+  std::vector<int> layer_budgets(const Input& input, const Column& c) const {
+    const TraceInfo& info = input.reader.info();
+    const int n = c.budget.unit == Budget::Unit::none ? info.n_tokens
+                                                      : tokens(input, *c.method, c.budget, c.method->traits.scope);
+    if (!c.method->allocate) {
+      return std::vector<int>(input.layers.size(), n);
+    }
+    const auto allocator = c.method->allocate->info->allocate(c.method->allocate->config(input.layers[0]).get());
+    return allocator->over_layers({input.layers, info.n_layers, input.prompt_len, n});
+  }
+
+  // Recorded evictions of one layer: (n_sets, n_tokens).
+  std::vector<std::vector<std::int32_t>> read_evicted_at(const Input& input, const Method& m, const std::string& path,
+                                                         int layer) const {
+    const TraceInfo& info = input.reader.info();
+    const auto dataset = hdf5::File::open(path).root().group("evicted_at").dataset(fmt::format("L{:03}", layer));
+    const hdf5::Shape shape = dataset.shape();
+    const int n_sets = m.traits.scope == Scope::layer     ? 1
+                       : m.traits.scope == Scope::kv_head ? info.n_kv_heads
+                                                          : info.n_heads;
+    const hdf5::Shape expected{std::uint64_t(n_sets), std::uint64_t(info.n_tokens)};
+    if (shape != expected || dataset.type() != hdf5::Type::i32) {
+      throw TraceError(fmt::format("{}: expected int32 {}, found {} {}", dataset.where(), hdf5::to_string(expected),
+                                   hdf5::name_of(dataset.type()), hdf5::to_string(shape)));
+    }
+    std::vector<std::int32_t> all(hdf5::n_elements(shape));
+    dataset.read(hdf5::writable_bytes_of(all));
+    std::vector<std::vector<std::int32_t>> sets;
+    for (int s = 0; s < n_sets; ++s) {
+      const auto begin = all.begin() + std::ptrdiff_t(s) * info.n_tokens;
+      sets.emplace_back(begin, begin + info.n_tokens);
+    }
+    return sets;
+  }
+
+  void prepare_folder() const {
+    std::error_code error;
+    if (fs::exists(request_.out, error) && !fs::is_directory(request_.out, error)) {
+      throw ConfigError("--out " + request_.out.string() + " is not a folder");
+    }
+    if (fs::is_directory(request_.out, error) && !fs::is_empty(request_.out, error) && !request_.force) {
+      throw ConfigError("--out " + request_.out.string() + " is not empty; name another folder or add --force");
+    }
+    fs::create_directories(request_.out, error);
+    if (error) {
+      throw ConfigError("--out " + request_.out.string() + " cannot be made: " + error.message());
+    }
+    if (::access(request_.out.c_str(), W_OK) != 0) {
+      throw ConfigError("--out " + request_.out.string() + " cannot be written to");
+    }
+  }
+
+  void replay_all(ResultsWriter& writer) {
+    double total = 0;
+    for (const auto& input : inputs_) {
+      total += double(input->layers.size() * columns_.size()) * (input->reader.info().n_tokens - input->prompt_len);
+    }
+    Progress progress(total);
+    double done = 0;
+    for (const auto& input : inputs_) {
+      for (std::size_t l = 0; l < input->layers.size(); ++l) {
+        if (!replay_layer(writer, *input, l, progress, done)) {
+          outcome_.interrupted = true;
+          return;
+        }
+      }
+    }
+  }
+
+  bool replay_layer(ResultsWriter& writer, const Input& input, std::size_t l, Progress& progress, double& done) {
+    const TraceInfo& info = input.reader.info();
+    const int layer = input.layers[l];
+    LoadOptions load{.prompt_len = input.prompt_len,
+                     .first_query = input.prompt_len,
+                     .scores = {},
+                     .w_o = request_.metrics.projected()};
+    for (const Column& c : columns_) {
+      const Needs needs = c.method->needs();
+      load.first_query = std::min(load.first_query, first_query(needs, input.prompt_len));
+      if (!needs.scores.empty() &&
+          std::find(load.scores.begin(), load.scores.end(), needs.scores) == load.scores.end()) {
+        load.scores.push_back(needs.scores);
+      }
+    }
+    const Layer data = load_layer(input.reader, layer, load);
+    const std::string what = fmt::format("{} layer {}", info.stem, layer);
+
+    ReplayOptions options{.metrics = request_.metrics,
+                          .compensators = {},
+                          .n_checkpoints = request_.n_checkpoints,
+                          .block_steps = kBlockSteps,
+                          .threads = request_.threads,
+                          .seed = request_.seed,
+                          .keep_outputs = request_.detail.outputs,
+                          .output_steps = request_.output_steps,
+                          .stop = request_.stop,
+                          .progress = {}};
+    for (const PartUse& c : compensators_) {
+      options.compensators.push_back(&c);
+    }
+    const std::size_t batch = cells_that_fit(data, options);
+    for (std::size_t first = 0; first < columns_.size(); first += batch) {
+      const std::size_t n = std::min(batch, columns_.size() - first);
+      std::vector<Job> jobs;
+      std::vector<std::vector<std::vector<std::int32_t>>> recorded(n);
+      for (std::size_t i = 0; i < n; ++i) {
+        const Column& c = columns_[first + i];
+        Job job{.method = c.method, .budget = layer_budgets(input, c)[l], .evicted_at = nullptr};
+        if (const std::string path = c.method->needs().evicted_at; !path.empty()) {
+          recorded[i] = read_evicted_at(input, *c.method, path, layer);
+          job.evicted_at = &recorded[i];
+        }
+        jobs.push_back(job);
+      }
+      options.progress = [&](int steps) { progress.at(done + double(n) * steps, what); };
+      const LayerResult result = replay(data, jobs, options);
+      if (!result.complete) {
+        return false;
+      }
+      done += double(n) * data.n_steps();
+      for (std::size_t i = 0; i < n; ++i) {
+        const Column& c = columns_[first + i];
+        const CellResult& cell = result.cells[i];
+        if (!cell.error.empty()) {
+          outcome_.failed.push_back(fmt::format("{}, {}{}: {}", what, c.method->label,
+                                                c.budget.text.empty() ? "" : " at budget " + c.budget.text,
+                                                cell.error));
+          continue;
+        }
+        const CellId id{.trace = info.stem,
+                        .layer = layer,
+                        .method = c.method->name,
+                        .label = c.method->label,
+                        .budget = c.budget.text,
+                        .budget_tokens = c.budget.unit == Budget::Unit::none ? -1 : jobs[i].budget,
+                        .foresight = c.method->foresight(),
+                        .group = group_of(*c.method),
+                        .prompt_len = input.prompt_len,
+                        .n_heads = info.n_heads,
+                        .n_kv_heads = info.n_kv_heads};
+        writer.add(id, cell, request_.output_steps, info.v_head_dim);
+      }
+    }
+    return true;
+  }
+
+  static std::string group_of(const Method& m) {
+    return m.read ? "selection" : m.traits.pool == Pool::decode ? "pinned" : "evictable";
+  }
+
+  // How many cells may run beside each other in the memory that the user allows.
+  std::size_t cells_that_fit(const Layer& l, const ReplayOptions& options) const {
+    const double n = l.n_tokens, steps = l.n_steps(), rows = double(options.block_steps) * l.group_size;
+    const double shared = 4.0 * l.n_kv_heads *
+                          (n * (l.head_dim + l.v_head_dim) + (n - l.first_query) * l.group_size * l.head_dim +
+                           2 * n * (rows + 32) + 6 * rows * l.v_head_dim);
+    double series = 0;  // numbers per step
+    for (const MetricInfo& i : all_metrics()) {
+      if (!options.metrics.has(i.metric) || i.at_checkpoints) {
+        continue;
+      }
+      const double heads = i.level == Level::query_head ? l.n_heads : i.level == Level::kv_head ? l.n_kv_heads : 1;
+      series += heads * (i.per_compensator ? double(options.compensators.size()) : 1);
+    }
+    const double own = 4 * series * steps + 48 * n * l.n_kv_heads +
+                       16.0 * l.n_kv_heads * (l.head_dim + l.v_head_dim) * (l.head_dim + l.v_head_dim);
+    double memory = double(request_.memory);
+    if (memory == 0) {
+      memory = 0.75 * double(::sysconf(_SC_AVPHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE));
+    }
+    if (memory < shared + own) {
+      throw ConfigError(
+          fmt::format("one method on one layer needs about {:.0f} MiB, more than the {:.0f} MiB allowed; "
+                      "raise --memory",
+                      (shared + own) / 1048576, memory / 1048576));
+    }
+    return std::size_t(std::max(1.0, std::min((memory - shared) / own, 1e6)));
+  }
+
+  std::string run_json() const {
+    json j;
+    j["tool"] = "kvreplay";
+    j["version"] = kVersion;
+    j["git"] = kGitHash;
+    j["build_flags"] = kBuildFlags;
+    j["argv"] = request_.argv;
+    j["host"] = host_name();
+    j["threads"] = request_.threads;
+    j["seed"] = request_.seed;
+    j["complete"] = !outcome_.interrupted && outcome_.failed.empty();
+    j["failed"] = outcome_.failed;
+    j["started_utc"] = started_;
+    j["wall_s"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    j["open_loop"] = kOpenLoop;
+    for (const auto& input : inputs_) {
+      const TraceInfo& info = input->reader.info();
+      json skipped = json::array();
+      for (const auto& [layer, reason] : input->skipped) {
+        skipped.push_back({{"layer", layer}, {"reason", reason}});
+      }
+      j["traces"].push_back({{"path", info.path.string()},
+                             {"stem", info.stem},
+                             {"name", info.model_name},
+                             {"content_hash", info.content_hash},
+                             {"model_name", info.model_name},
+                             {"architecture", info.architecture},
+                             {"generator", info.generator},
+                             {"provenance", info.provenance},
+                             {"n_tokens", info.n_tokens},
+                             {"prompt_len", input->prompt_len},
+                             {"element", name_of(info.element)},
+                             {"head_dim", info.head_dim},
+                             {"n_heads", info.n_heads},
+                             {"n_kv_heads", info.n_kv_heads},
+                             {"layers", input->layers},
+                             {"layers_skipped", skipped}});
+    }
+    for (const auto& m : methods_) {
+      const Preset* preset = find_preset(m->preset);
+      json tables = json::object();
+      for (const auto* part : {&m->select}) {
+        for (const Setting& s : part->settings) {
+          if (s.table) {
+            tables[s.table->path] = s.table->hash;
+          }
+        }
+      }
+      j["methods"].push_back({{"label", m->label},
+                              {"method", m->name},
+                              {"preset", m->preset},
+                              {"group", group_of(*m)},
+                              {"foresight", m->foresight() == Foresight::oracle ? "oracle" : "none"},
+                              {"paper", preset ? preset->paper : m->select.info->paper},
+                              {"deviation", preset ? preset->deviation : m->select.info->deviation},
+                              {"value_tables", tables}});
+    }
+    j["budgets"] = request_.budgets;
+    j["compensators"] = json::array();
+    for (const PartUse& c : compensators_) {
+      j["compensators"].push_back(canonical(c));
+    }
+    j["metrics"] = json::array();
+    for (const MetricInfo& i : all_metrics()) {
+      if (request_.metrics.has(i.metric)) {
+        j["metrics"].push_back(i.name);
+      }
+    }
+    j["n_checkpoints"] = request_.n_checkpoints;
+    j["block_steps"] = kBlockSteps;
+    return j.dump(2) + "\n";
+  }
+
+  const RunRequest& request_;
+  std::chrono::steady_clock::time_point start_;
+  std::string started_;
+  std::vector<std::unique_ptr<Method>> methods_;
+  std::vector<Budget> budgets_;
+  std::vector<PartUse> compensators_;
+  std::vector<Column> columns_;
+  std::vector<std::unique_ptr<Input>> inputs_;
+  RunOutcome outcome_;
+};
+
+}  // namespace
+
+RunOutcome run(const RunRequest& request) { return Run(request)(); }
+
+std::uint64_t parse_bytes(const std::string& option, const std::string& text) {
+  static constexpr std::pair<std::string_view, double> kUnits[] = {
+      {"KiB", 1024.0}, {"MiB", 1048576.0}, {"GiB", 1073741824.0}, {"TiB", 1099511627776.0}, {"B", 1.0}};
+  for (const auto& [unit, factor] : kUnits) {
+    if (text.size() <= unit.size() || !text.ends_with(unit)) {
+      continue;
+    }
+    const std::string digits = text.substr(0, text.size() - unit.size());
+    char* end = nullptr;
+    const double x = std::strtod(digits.c_str(), &end);
+    if (*end == '\0' && x > 0 && x * factor < 1e18) {
+      return std::uint64_t(x * factor);
+    }
+    break;
+  }
+  throw ConfigError(option + ": '" + text + "' is no size; write for example 800MiB or 4GiB");
+}
+
+std::vector<int> parse_integers(const std::string& option, const std::string& text) {
+  std::vector<int> all;
+  const auto refuse = [&]() -> void {
+    throw ConfigError(option + ": '" + text + "' is no list of numbers; write for example 0,4-7");
+  };
+  const auto number = [&](const std::string& s) {
+    if (s.empty() || s.size() > 9 || s.find_first_not_of("0123456789") != std::string::npos) {
+      refuse();
+    }
+    return std::stoi(s);
+  };
+  for (std::size_t begin = 0; begin <= text.size();) {
+    const std::size_t end = std::min(text.find(',', begin), text.size());
+    const std::string piece = text.substr(begin, end - begin);
+    const std::size_t dash = piece.find('-');
+    const int first = number(piece.substr(0, dash));
+    const int last = dash == std::string::npos ? first : number(piece.substr(dash + 1));
+    if (last < first || last - first > 1000000) {
+      refuse();
+    }
+    for (int i = first; i <= last; ++i) {
+      all.push_back(i);
+    }
+    begin = end + 1;
+  }
+  return all;
+}
+
+// {"0": 0.9, "1": [0.8, 0.7]}: model layer number to one value, or one per KV head.
+ValueTable read_value_table(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in) {
+    throw ConfigError(path + ": cannot be opened");
+  }
+  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  Sha256 hash;
+  hash.add(std::as_bytes(std::span(text)));
+  ValueTable table{.path = path, .hash = hash.hex(), .layers = {}, .values = {}};
+  const json j = json::parse(text, nullptr, false);
+  if (!j.is_object() || j.empty()) {
+    throw ConfigError(path + ": expected a JSON object of layer numbers, as {\"0\": 0.9, \"1\": [0.8, 0.7]}");
+  }
+  for (const auto& [key, value] : j.items()) {
+    table.layers.push_back(parse_integers(path, key).front());
+    std::vector<double>& row = table.values.emplace_back();
+    for (const json& x : value.is_array() ? value : json::array({value})) {
+      if (!x.is_number()) {
+        throw ConfigError(path + ": the value of layer " + key + " is not a number");
+      }
+      row.push_back(x.get<double>());
+    }
+    if (row.empty()) {
+      throw ConfigError(path + ": layer " + key + " has no value");
+    }
+  }
+  return table;
+}
+
+}  // namespace kvreplay

@@ -1,0 +1,49 @@
+// One run: traces x layers x methods x budgets, into a results folder.
+#pragma once
+#include <atomic>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "sim/results.hpp"
+
+namespace kvreplay {
+
+struct RunRequest {
+  std::vector<std::filesystem::path> traces;
+  std::vector<std::string> methods;  // texts, one each
+  std::vector<std::string> budgets;
+  std::vector<std::string> compensators;  // measured beside every method; empty: none
+  bool compensators_given = false;        // false: dropped where a soft-cap forbids them
+  MetricSet metrics = MetricSet::all();
+  std::vector<int> layers;  // empty: all
+  Pos prompt_len = 0;       // 0: the trace's own
+  Detail detail;
+  std::vector<int> output_steps;
+  int n_checkpoints = 16;
+  int threads = 1;
+  std::uint64_t seed = 0;
+  std::uint64_t memory = 0;  // bytes; 0: three quarters of what is free
+  std::filesystem::path out;
+  bool force = false;
+  std::vector<std::string> argv;
+  const std::atomic<bool>* stop = nullptr;
+};
+
+struct RunOutcome {
+  int n_cells = 0;
+  bool interrupted = false;
+  std::vector<std::string> failed;  // one sentence per cell that failed
+};
+
+// ConfigError and TraceError before anything is written where the request cannot be met. Progress goes to stderr.
+RunOutcome run(const RunRequest&);
+
+// "2GiB" -> bytes; ConfigError.
+std::uint64_t parse_bytes(const std::string& option, const std::string& text);
+// "0,4-7" -> {0, 4, 5, 6, 7}; ConfigError.
+std::vector<int> parse_integers(const std::string& option, const std::string& text);
+// A JSON file of one number per layer, or per layer and KV head, for "@file.json" in a method's text.
+ValueTable read_value_table(const std::string& path);
+
+}  // namespace kvreplay

@@ -1,0 +1,228 @@
+// Every method against the float64 reference: selection on the engine's own states, and every
+// metric on its own sets.
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <memory>
+
+#include "tests/support/reference_compare.hpp"
+
+using namespace kvreplay;
+using namespace kvreplay::testing;
+
+namespace {
+
+struct Case {
+  std::string text;
+  MakeSelector select;
+  Traits traits;  // as the paper has it: the text must come to the same
+  bool budgeted = true;
+};
+
+Traits traits(Scope scope, Pool pool = Pool::all, Order order = Order::after_attention,
+              Decode decode = Decode::evict) {
+  Traits t;
+  t.scope = scope;
+  t.pool = pool;
+  t.evict = order;
+  t.decode = decode;
+  return t;
+}
+
+// The methods with their papers' settings.
+std::vector<Case> defaults() {
+  const Traits per_head = traits(Scope::kv_head);
+  return {
+      {"full", reference_full(), per_head, false},
+      {"streaming", reference_streaming(), per_head},
+      {"h2o", reference_h2o(), per_head},
+      {"h2o:mass=mean", reference_h2o({0.5, true}, true), per_head},
+      {"tova", reference_tova(), traits(Scope::layer)},
+      {"momentum", reference_momentum(), traits(Scope::layer, Pool::decode)},
+      {"residual", reference_residual(),
+       traits(Scope::kv_head, Pool::all, Order::before_attention)},
+  };
+}
+
+// The engine's keys, each away from its default at least once.
+std::vector<Case> variations() {
+  std::vector<Case> out;
+  const auto add = [&](const std::string& text, const MakeSelector& select, Traits t,
+                       auto... change) {
+    (change(t), ...);
+    out.push_back({text, select, t});
+  };
+  const Traits per_head = traits(Scope::kv_head), per_layer = traits(Scope::layer);
+  const auto query_head = [](Traits& t) { t.scope = Scope::query_head; };
+  const auto layer = [](Traits& t) { t.scope = Scope::layer; };
+  const auto decode_pool = [](Traits& t) { t.pool = Pool::decode; };
+  const auto before = [](Traits& t) { t.evict = Order::before_attention; };
+  const auto grow = [](Traits& t) { t.decode = Decode::grow; };
+  const auto max = [](Traits& t) { t.group = Reduce::max; };
+  const auto sum = [](Traits& t) { t.group = Reduce::sum; };
+  const auto every5 = [](Traits& t) { t.interval = 5; };
+  add("streaming:sink=2,evict=before_attention", reference_streaming(2), per_head, before);
+  add("streaming:pool=decode", reference_streaming(), per_head, decode_pool);
+  add("h2o:scope=query_head", reference_h2o(), per_head, query_head);
+  add("h2o:scope=layer,window=3", reference_h2o({3, false}), per_head, layer);
+  add("h2o:pool=decode,interval=5", reference_h2o(), per_head, decode_pool, every5);
+  add("h2o:decode=grow,sink=1", reference_h2o({0.5, true}, false, 1), per_head, grow);
+  add("h2o:window=0,evict=before_attention", reference_h2o({0, false}), per_head, before);
+  add("tova:group=max,scope=kv_head", reference_tova(), per_head, max);
+  add("tova:group=sum,interval=5", reference_tova(), per_layer, sum, every5);
+  add("tova:scope=query_head,pool=decode", reference_tova(), per_layer, query_head, decode_pool);
+  add("tova:pin_newest=1", reference_tova(1), per_layer);
+  add("momentum:alpha=0.5,scope=kv_head,evict=before_attention", reference_momentum(0.5), per_head,
+      decode_pool, before);
+  add("momentum:alpha=1,scope=query_head,group=max", reference_momentum(1), per_head, query_head,
+      decode_pool, max);
+  return out;
+}
+
+const std::vector<std::pair<std::string, ReferenceCompensator>>& compensators() {
+  static const std::vector<std::pair<std::string, ReferenceCompensator>> all = {
+      {"mean", {"mean", Compensation::mean}},
+      {"moments", {"moments", Compensation::moments}},
+      {"gaussian", {"gaussian", Compensation::gaussian}},
+  };
+  return all;
+}
+
+std::vector<ReferenceCompensator> measured() {
+  std::vector<ReferenceCompensator> out;
+  for (const auto& [text, c] : compensators()) {
+    out.push_back(c);
+  }
+  return out;
+}
+
+// Compensators to measure, as the engine takes them.
+struct EngineCompensators {
+  std::vector<Method> methods;
+  std::vector<const PartUse*> parts;
+  EngineCompensators() {
+    for (const auto& [text, c] : compensators()) {
+      methods.push_back(parse_method("full+" + text));
+    }
+    for (const Method& m : methods) {
+      parts.push_back(&*m.compensate);
+    }
+  }
+};
+
+SelectionRequest request_of(const Case& c, int budget) {
+  SelectionRequest r;
+  r.traits = c.traits;
+  r.select = c.select;
+  r.budget = budget;
+  r.budgeted = c.budgeted;
+  return r;
+}
+
+std::string describe(const ToyOptions& o) {
+  const char* elements[] = {"f32", "f16", "bf16"};
+  return "group_size " + std::to_string(o.group_size) + ", prompt_len " +
+         std::to_string(o.prompt_len) + ", n_tokens " + std::to_string(o.n_tokens) + ", " +
+         elements[static_cast<int>(o.element)] + ", kind " +
+         std::to_string(static_cast<int>(o.kind)) + ", seed " + std::to_string(o.seed);
+}
+
+void check_traits(const Case& c, const Method& method) {
+  INFO(c.text);
+  CHECK(method.traits.scope == c.traits.scope);
+  CHECK(method.traits.pool == c.traits.pool);
+  CHECK(method.traits.group == c.traits.group);
+  CHECK(method.traits.interval == c.traits.interval);
+  CHECK(method.traits.evict == c.traits.evict);
+  CHECK(method.traits.decode == c.traits.decode);
+}
+
+// Selection and metrics of all cases at all budgets on one layer, replayed together.
+void check_layer(const ToyOptions& options, const std::vector<Case>& cases,
+                 const std::vector<int>& budgets, bool with_compensators = true) {
+  const ToyLayer toy = make_toy_layer(options);
+  const Layer layer = engine_layer(toy);
+  std::vector<Method> methods;
+  for (const Case& c : cases) {
+    methods.push_back(parse_method(c.text));
+    check_traits(c, methods.back());
+  }
+  std::vector<Job> jobs;
+  for (const Method& m : methods) {
+    for (const int budget : budgets) {
+      Job job;
+      job.method = &m;
+      job.budget = budget;
+      jobs.push_back(job);
+    }
+  }
+  const EngineCompensators beside;
+  ReplayOptions replay_options;
+  replay_options.threads = 2;
+  replay_options.block_steps = 16;
+  if (with_compensators) {
+    replay_options.compensators = beside.parts;
+  }
+  const LayerResult result = replay(layer, jobs, replay_options);
+  REQUIRE(result.cells.size() == jobs.size());
+  for (std::size_t i = 0; i < jobs.size(); ++i) {
+    const Case& c = cases[i / budgets.size()];
+    const int budget = jobs[i].budget;
+    const CellResult& cell = result.cells[i];
+    INFO(c.text << " at budget " << budget << ": " << describe(options));
+    REQUIRE(cell.error.empty());
+    const Evicted recorded = recorded_evictions(cell);
+    const SelectionRequest selection = request_of(c, budget);
+    CHECK(check_selection(toy, selection, recorded).excess <= kScoreTolerance);
+    const SelectionResult own = reference_selection(toy, selection);
+    if (own.margin > 1e-4) {
+      CHECK(own.evicted_at == recorded);
+    }
+
+    MetricsRequest metrics;
+    metrics.attends = attends_from(toy, c.traits.scope, recorded);
+    if (with_compensators) {
+      metrics.measured = measured();
+    }
+    const NamedSeries truth = reference_metrics(toy, metrics), found = engine_series(cell);
+    for (const std::string& difference : differences(truth, found)) {
+      FAIL_CHECK(difference);
+    }
+    CHECK(found.at("resident") == reference_resident(toy, c.traits.scope, recorded));
+    CHECK(found.at("attended") == found.at("resident"));
+    const double slot = (options.head_dim + options.v_head_dim) * element_bytes(options.element);
+    CHECK(found.at("bytes") == slot * found.at("resident"));
+    CHECK(found.at("bytes_read") == found.at("bytes"));
+    if (budget >= options.n_tokens || !c.budgeted) {
+      CHECK(found.at("error").isZero(0));
+      CHECK(found.at("error_output").isZero(0));
+      CHECK(found.at("evicted_mass").isZero(0));
+    }
+  }
+}
+
+ToyOptions options(int group_size, Pos prompt_len, Element element) {
+  ToyOptions o;
+  o.group_size = group_size;
+  o.n_tokens = 72;
+  o.prompt_len = prompt_len;
+  o.v_head_dim = 12;
+  o.hidden = 20;
+  o.element = element;
+  o.seed = static_cast<unsigned>(100 * group_size + prompt_len + static_cast<int>(element));
+  return o;
+}
+
+}  // namespace
+
+TEST_CASE("every method selects and measures as the reference does") {
+  const int group_size = GENERATE(1, 3);
+  const Pos prompt_len = GENERATE(1, 12, 48);
+  const Element element = GENERATE(Element::f32, Element::f16, Element::bf16);
+  check_layer(options(group_size, prompt_len, element), defaults(), {1, 9, 72});
+}
+
+TEST_CASE("every engine key does what the reference does") {
+  const int group_size = GENERATE(1, 3);
+  const Pos prompt_len = GENERATE(1, 12, 48);
+  check_layer(options(group_size, prompt_len, Element::f32), variations(), {1, 9, 72});
+}
