@@ -7,6 +7,7 @@
 
 #include "policies/errors.hpp"
 #include "sim/cli/exit.hpp"
+#include "sim/cli/policies_command.hpp"
 #include "sim/cli/report_command.hpp"
 #include "sim/cli/run_command.hpp"
 #include "sim/cli/trace_commands.hpp"
@@ -37,6 +38,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   app.fallthrough(false);
   add_run_command(app);
+  add_policies_command(app);
   add_report_command(app);
   add_trace_commands(app);
   try {
