@@ -104,6 +104,13 @@ const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_head
     rows_.radius_k.resize(rows);
     rows_.radius_v.resize(rows);
   }
+  // Those that only the next block will miss.
+  std::size_t n_here = losses.size();
+  while (n_here > 0 && losses[n_here - 1].step >= steps) {
+    --n_here;
+  }
+  const std::span<const Loss> later = losses.subspan(n_here);
+  losses = losses.first(n_here);
   std::size_t taken = 0;
   for (int begin = 0; begin < steps;) {
     // Losses of a segment's first step join the state before its products. Later ones ride along
@@ -127,10 +134,11 @@ const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_head
       }
       last = next;
     }
-    segment(q, n_heads, begin, std::min(end, steps), losses.subspan(taken, last - taken));
+    segment(q, n_heads, begin, end, losses.subspan(taken, last - taken));
     taken = last;
     begin = end;
   }
+  absorb(later);
   return rows_;
 }
 
@@ -145,13 +153,8 @@ void MomentTrack::segment(const Eigen::Ref<const MatF>& q, int n_heads, int begi
     ++seen;
   }
   const std::span<const Loss> fresh = losses.subspan(seen);
-  centre(losses.first(seen));
-  join(losses.first(seen));
+  absorb(losses.first(seen));
   if (products) {
-    for (std::size_t i = 0; i < seen; i += kChunk) {
-      gather(losses.first(seen).subspan(i, std::min(kChunk, seen - i)));
-      multiply_in();
-    }
     gather(fresh);
     logits_.resize(n_rows, lost_k_.rows());
     if (!fresh.empty()) {
@@ -245,7 +248,16 @@ void MomentTrack::segment(const Eigen::Ref<const MatF>& q, int n_heads, int begi
       }
     }
   }
-  join(fresh.subspan(joined));
+}
+
+// Losses of one step, all at once.
+void MomentTrack::absorb(std::span<const Loss> losses) {
+  centre(losses);
+  join(losses);
+  for (std::size_t i = 0; (needs_.tilt || needs_.full) && i < losses.size(); i += kChunk) {
+    gather(losses.subspan(i, std::min(kChunk, losses.size() - i)));
+    multiply_in();
+  }
 }
 
 // Moves the centre to the mean, at the start to that of `losses`, whenever the count has doubled.

@@ -119,6 +119,9 @@ class FirstOrder final : public Compensator {
       }
       sums.estimate(block.q.middleRows(r, heads), out.log_mass.segment(r, heads), out.value.middleRows(r, heads));
     }
+    for (; joined < block.losses.size(); ++joined) {  // only the next block misses these
+      sums.add(block.losses[joined]);
+    }
   }
 
   Config config_;

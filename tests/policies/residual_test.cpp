@@ -80,8 +80,7 @@ class Fake final : public View {
     if (group == Reduce::max) {
       return rows.colwise().maxCoeff();
     }
-    return group == Reduce::mean ? Eigen::RowVectorXd(rows.colwise().mean())
-                                 : Eigen::RowVectorXd(rows.colwise().sum());
+    return group == Reduce::mean ? Eigen::RowVectorXd(rows.colwise().mean()) : Eigen::RowVectorXd(rows.colwise().sum());
   }
   void attention(std::span<float> out) const override {
     REQUIRE(out.size() == slots.size());
@@ -91,12 +90,8 @@ class Fake final : public View {
     }
   }
   void head_attention(int, int, std::span<float>) const override { FAIL("not asked for"); }
-  VecF key(int lane, int slot) const override {
-    return {at(k, lane).row(token(slot)).data(), head_dim};
-  }
-  VecF value(int lane, int slot) const override {
-    return {at(v, lane).row(token(slot)).data(), v_head_dim};
-  }
+  VecF key(int lane, int slot) const override { return {at(k, lane).row(token(slot)).data(), head_dim}; }
+  VecF value(int lane, int slot) const override { return {at(v, lane).row(token(slot)).data(), v_head_dim}; }
   MatF queries(int, int) const override {
     FAIL("not asked for");
     return {};
@@ -130,10 +125,8 @@ class Fake final : public View {
   }
   Pos token(int slot) const { return at(slots, slot); }
   double logit(int lane, int head, Pos t, Pos j) const {
-    return static_cast<double>(scale) * at(q, lane)
-                                            .row(Eigen::Index{t} * n_heads + head)
-                                            .cast<double>()
-                                            .dot(at(k, lane).row(j).cast<double>());
+    return static_cast<double>(scale) *
+           at(q, lane).row(Eigen::Index{t} * n_heads + head).cast<double>().dot(at(k, lane).row(j).cast<double>());
   }
 };
 
@@ -214,8 +207,7 @@ class Reference {
     std::vector<int> order(f_.slots.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return score[a] < score[b]; });
-    order.resize(
-        static_cast<std::size_t>(std::max<std::ptrdiff_t>(0, std::ssize(order) - f_.budget)));
+    order.resize(static_cast<std::size_t>(std::max<std::ptrdiff_t>(0, std::ssize(order) - f_.budget)));
     return order;
   }
 
@@ -270,8 +262,7 @@ void check_scores(const std::vector<float>& got, const Eigen::ArrayXd& want) {
 }
 
 // The lowest of the selector's own scores; each must be the reference's choice up to 1e-5.
-std::vector<int> victims(const Reference& reference, const std::vector<float>& got,
-                         const Eigen::ArrayXd& want) {
+std::vector<int> victims(const Reference& reference, const std::vector<float>& got, const Eigen::ArrayXd& want) {
   const Eigen::Map<const Eigen::ArrayXf> scores(got.data(), std::ssize(got));
   std::vector<int> mine = reference.lowest(scores.cast<double>()), theirs = reference.lowest(want);
   if (!mine.empty()) {
@@ -284,35 +275,25 @@ std::vector<int> victims(const Reference& reference, const std::vector<float>& g
 }  // namespace
 
 TEST_CASE("residual ranks and evicts as float64 does from scratch at every step") {
-  const auto s =
-      GENERATE(Scenario{.what = "plain"},
-               Scenario{.what = "the paper: nothing protected in decode", .window = 0},
-               Scenario{.what = "GQA 4", .n_heads = 4},
-               Scenario{.what = "GQA 4, max", .n_heads = 4, .group = Reduce::max},
-               Scenario{.what = "GQA 2, sum", .n_heads = 2, .group = Reduce::sum},
-               Scenario{.what = "two lanes", .n_lanes = 2, .n_heads = 2, .v_head_dim = 9},
-               Scenario{.what = "odd dimensions", .head_dim = 21, .v_head_dim = 37},
-               Scenario{.what = "budget 1", .budget = 1},
-               Scenario{.what = "budget 1, nothing protected", .budget = 1, .sink = 0, .window = 0},
-               Scenario{.what = "prompt of one token", .prompt_len = 1},
-               Scenario{.what = "prompt within the budget", .prompt_len = 8},
-               Scenario{.what = "pinned prompt", .pinned = true},
-               Scenario{.what = "attention alone for the prompt", .rerank = 0},
-               Scenario{.what = "ranked again three times", .rerank = 3},
-               Scenario{.what = "chunks of 4", .chunk = 4},
-               Scenario{.what = "the prompt is not remembered", .accumulate = false},
-               Scenario{.what = "averaged attention", .n_heads = 2, .ewma = 0.9},
-               Scenario{.what = "averaged attention, pinned", .ewma = 0.9, .pinned = true},
-               Scenario{.what = "averaged attention, interval", .ewma = 0.9, .interval = 5},
-               Scenario{.what = "after attention", .ewma = 0.5, .evict = Order::after_attention},
-               Scenario{.what = "interval 5", .interval = 5},
-               Scenario{.what = "interval 20", .interval = 20},
-               Scenario{.what = "rewritten tokens", .rewrite_every = 3},
-               Scenario{.what = "large key means", .key_mean = 5},
-               Scenario{.what = "long, so that updates start over",
-                        .prompt_len = 20,
-                        .n_tokens = 700,
-                        .budget = 30});
+  const auto s = GENERATE(
+      Scenario{.what = "plain"}, Scenario{.what = "the paper: nothing protected in decode", .window = 0},
+      Scenario{.what = "GQA 4", .n_heads = 4}, Scenario{.what = "GQA 4, max", .n_heads = 4, .group = Reduce::max},
+      Scenario{.what = "GQA 2, sum", .n_heads = 2, .group = Reduce::sum},
+      Scenario{.what = "two lanes", .n_lanes = 2, .n_heads = 2, .v_head_dim = 9},
+      Scenario{.what = "odd dimensions", .head_dim = 21, .v_head_dim = 37}, Scenario{.what = "budget 1", .budget = 1},
+      Scenario{.what = "budget 1, nothing protected", .budget = 1, .sink = 0, .window = 0},
+      Scenario{.what = "prompt of one token", .prompt_len = 1},
+      Scenario{.what = "prompt within the budget", .prompt_len = 8}, Scenario{.what = "pinned prompt", .pinned = true},
+      Scenario{.what = "attention alone for the prompt", .rerank = 0},
+      Scenario{.what = "ranked again three times", .rerank = 3}, Scenario{.what = "chunks of 4", .chunk = 4},
+      Scenario{.what = "the prompt is not remembered", .accumulate = false},
+      Scenario{.what = "averaged attention", .n_heads = 2, .ewma = 0.9},
+      Scenario{.what = "averaged attention, pinned", .ewma = 0.9, .pinned = true},
+      Scenario{.what = "averaged attention, interval", .ewma = 0.9, .interval = 5},
+      Scenario{.what = "after attention", .ewma = 0.5, .evict = Order::after_attention},
+      Scenario{.what = "interval 5", .interval = 5}, Scenario{.what = "interval 20", .interval = 20},
+      Scenario{.what = "rewritten tokens", .rewrite_every = 3}, Scenario{.what = "large key means", .key_mean = 5},
+      Scenario{.what = "long, so that updates start over", .prompt_len = 20, .n_tokens = 700, .budget = 30});
   CAPTURE(s.what);
   Fake f(s);
   Reference reference(f);
