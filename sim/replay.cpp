@@ -1,9 +1,8 @@
 #include "sim/replay.hpp"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <optional>
 
 #include "sim/checkpoints.hpp"
@@ -27,12 +26,23 @@ struct Running {
   std::vector<double> seconds;  // per set
 };
 
-// Runs tasks on a team of threads; an exception of a task becomes its cell's sentence.
+// Runs tasks on a team of threads. No exception may leave a parallel region: the first one is thrown after it.
 template <class Task>
 void parallel(int n, int threads, Task task) {
+  std::exception_ptr first;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int i = 0; i < n; ++i) {
-    task(i);
+    try {
+      task(i);
+    } catch (...) {
+#pragma omp critical(kvreplay_first_exception)
+      if (!first) {
+        first = std::current_exception();
+      }
+    }
+  }
+  if (first) {
+    std::rethrow_exception(first);
   }
 }
 
