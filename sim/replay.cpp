@@ -323,7 +323,8 @@ class Replay {
       }
     }
     parallel(int(tasks.size()), options_.threads, [&](int t) {
-      const auto [j, i] = tasks[std::size_t(t)];
+      const std::size_t j = tasks[std::size_t(t)].job;
+      const int i = tasks[std::size_t(t)].set;
       guarded(j, [&] { i < 0 ? step_together(running_[j], steps) : step_alone(running_[j], std::size_t(i), steps); });
     });
     if (layer_.w_o.size() > 0) {
