@@ -19,8 +19,7 @@ Moments::Moments(int head_dim, int v_head_dim)
       v_mean(Eigen::VectorXf::Zero(v_head_dim)),
       scatter(MatF::Zero(v_head_dim, head_dim)) {}
 
-void Moments::add(const Eigen::Ref<const Eigen::VectorXf>& k,
-                  const Eigen::Ref<const Eigen::VectorXf>& v) {
+void Moments::add(const Eigen::Ref<const Eigen::VectorXf>& k, const Eigen::Ref<const Eigen::VectorXf>& v) {
   const float before = static_cast<float>(n), after = before + 1;
   const Eigen::VectorXf dk = k - k_mean, dv = v - v_mean;
   scatter.noalias() += (before / after * dv) * dk.transpose();
@@ -29,8 +28,7 @@ void Moments::add(const Eigen::Ref<const Eigen::VectorXf>& k,
   ++n;
 }
 
-void Moments::remove(const Eigen::Ref<const Eigen::VectorXf>& k,
-                     const Eigen::Ref<const Eigen::VectorXf>& v) {
+void Moments::remove(const Eigen::Ref<const Eigen::VectorXf>& k, const Eigen::Ref<const Eigen::VectorXf>& v) {
   KVREPLAY_CHECK(n > 0);
   if (--n == 0) {
     *this = Moments(static_cast<int>(k_mean.size()), static_cast<int>(v_mean.size()));
@@ -87,8 +85,7 @@ MomentTrack::MomentTrack(int head_dim, int v_head_dim, MomentNeeds needs)
   }
 }
 
-const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_heads,
-                                     std::span<const Loss> losses) {
+const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_heads, std::span<const Loss> losses) {
   const Eigen::Index rows = q.rows();
   const int steps = static_cast<int>(rows) / n_heads;
   rows_.n.resize(rows);
@@ -140,8 +137,7 @@ const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_head
 // Rows of steps begin to end. `losses`: up to the last of these steps.
 void MomentTrack::segment(const Eigen::Ref<const MatF>& q, int n_heads, int begin, int end,
                           std::span<const Loss> losses) {
-  const Eigen::Index first_row = Eigen::Index{begin} * n_heads,
-                     n_rows = Eigen::Index{end - begin} * n_heads;
+  const Eigen::Index first_row = Eigen::Index{begin} * n_heads, n_rows = Eigen::Index{end - begin} * n_heads;
   const auto q_rows = q.middleRows(first_row, n_rows);
   const bool products = needs_.tilt || needs_.full;
   std::size_t seen = 0;
@@ -243,8 +239,8 @@ void MomentTrack::segment(const Eigen::Ref<const MatF>& q, int n_heads, int begi
         rows_.variance_diagonal[r] = q.row(r).cwiseAbs2().dot(variance);
       }
       if (needs_.full) {
-        const double squares = static_cast<double>(q.row(r).dot(spread_.row(i))) +
-                               static_cast<double>(logits_.row(i).squaredNorm());
+        const double squares =
+            static_cast<double>(q.row(r).dot(spread_.row(i))) + static_cast<double>(logits_.row(i).squaredNorm());
         rows_.variance_full[r] = std::max(0.0, squares / n_ - shift * shift);
       }
     }

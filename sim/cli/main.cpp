@@ -9,6 +9,7 @@
 #include "sim/cli/exit.hpp"
 #include "sim/cli/report_command.hpp"
 #include "sim/cli/run_command.hpp"
+#include "sim/cli/trace_commands.hpp"
 #include "sim/version.hpp"
 #include "traces/errors.hpp"
 
@@ -37,6 +38,7 @@ int main(int argc, char** argv) {
   app.fallthrough(false);
   add_run_command(app);
   add_report_command(app);
+  add_trace_commands(app);
   try {
     app.parse(argc, argv);
     return kDone;

@@ -37,8 +37,8 @@ struct Run {
   LayerResult result;
 };
 
-Run run(const Layer& layer, const std::vector<std::string>& texts, int budget, int threads,
-        int block_steps, const std::vector<std::string>& beside = {"mean", "moments", "gaussian"}) {
+Run run(const Layer& layer, const std::vector<std::string>& texts, int budget, int threads, int block_steps,
+        const std::vector<std::string>& beside = {"mean", "moments", "gaussian"}) {
   Run r;
   for (const std::string& text : texts) {
     r.methods.push_back(parse_method(text));
@@ -93,8 +93,8 @@ TEST_CASE("blocks of 1, 7 and 64 steps agree") {
     for (std::size_t i = 0; i < kTexts.size(); ++i) {
       INFO(kTexts[i] << " in blocks of " << block_steps);
       CHECK(other.result.cells[i].evicted_at == blocks.result.cells[i].evicted_at);
-      for (const std::string& d : differences(engine_series(blocks.result.cells[i]),
-                                              engine_series(other.result.cells[i]))) {
+      for (const std::string& d :
+           differences(engine_series(blocks.result.cells[i]), engine_series(other.result.cells[i]))) {
         FAIL_CHECK(d);
       }
     }
@@ -108,8 +108,7 @@ TEST_CASE("the evicted output is right to 1e-4 where it holds 1e-6 of the mass")
   REQUIRE(r.result.cells[0].error.empty());
   MetricsRequest request;
   request.attends = attends_from(toy, Scope::kv_head, recorded_evictions(r.result.cells[0]));
-  const NamedSeries truth = reference_metrics(toy, request),
-                    found = engine_series(r.result.cells[0]);
+  const NamedSeries truth = reference_metrics(toy, request), found = engine_series(r.result.cells[0]);
   int n = 0;
   for (Eigen::Index i = 0; i < truth.at("evicted_mass").size(); ++i) {
     const double mass = truth.at("evicted_mass").data()[i];
@@ -118,19 +117,17 @@ TEST_CASE("the evicted output is right to 1e-4 where it holds 1e-6 of the mass")
       continue;
     }
     ++n;
-    for (const char* name : {"evicted_mass", "error", "cos_retained_evicted", "norm_ratio_evicted",
-                             "error_parallel", "error_orthogonal"}) {
+    for (const char* name : {"evicted_mass", "error", "cos_retained_evicted", "norm_ratio_evicted", "error_parallel",
+                             "error_orthogonal"}) {
       INFO(name << " at evicted mass " << mass);
-      const double expected = truth.at(name).data()[i],
-                   size = name[0] == 'c' || name[0] == 'n' ? 1 : expected;
+      const double expected = truth.at(name).data()[i], size = name[0] == 'c' || name[0] == 'n' ? 1 : expected;
       CHECK(std::abs(found.at(name).data()[i] - expected) <= 1e-4 * std::abs(size));
     }
   }
   CHECK(n > 50);
 }
 
-TEST_CASE(
-    "logits of 1e4 either way: rows with usable retained mass are right, the others are left out") {
+TEST_CASE("logits of 1e4 either way: rows with usable retained mass are right, the others are left out") {
   const ToyLayer toy = make_toy_layer(toy_options(ToyKind::huge_logits));
   const Layer layer = engine_layer(toy);
   const std::vector<std::string> texts = {"streaming", "h2o", "tova", "momentum"};
@@ -141,8 +138,7 @@ TEST_CASE(
     INFO(texts[i]);
     REQUIRE(r.result.cells[i].error.empty());
     MetricsRequest request;
-    request.attends =
-        attends_from(toy, r.methods[i].traits.scope, recorded_evictions(r.result.cells[i]));
+    request.attends = attends_from(toy, r.methods[i].traits.scope, recorded_evictions(r.result.cells[i]));
     const NamedSeries truth = reference_metrics(toy, request);
     if (texts[i] == "streaming") {
       CHECK(truth.at("error").array().isNaN().count() > 10);
@@ -162,8 +158,7 @@ TEST_CASE("equal keys: ties drop the older token, and every estimate is exact") 
     CHECK(at(0, pos) == std::clamp(pos + 8 - toy.options.prompt_len, 0, toy.n_steps()));
   }
   const NamedSeries found = engine_series(cell);
-  for (const char* name :
-       {"error_corrected.mean", "error_corrected.moments", "error_corrected.gaussian"}) {
+  for (const char* name : {"error_corrected.mean", "error_corrected.moments", "error_corrected.gaussian"}) {
     CHECK(found.at(name).maxCoeff() < 1e-5);
   }
   CHECK(found.at("error").minCoeff() > 0.01);
@@ -178,10 +173,8 @@ TEST_CASE("sharp heads are as right as smooth ones") {
     INFO(texts[i]);
     REQUIRE(r.result.cells[i].error.empty());
     MetricsRequest request;
-    request.attends =
-        attends_from(toy, r.methods[i].traits.scope, recorded_evictions(r.result.cells[i]));
-    for (const std::string& d :
-         differences(reference_metrics(toy, request), engine_series(r.result.cells[i]))) {
+    request.attends = attends_from(toy, r.methods[i].traits.scope, recorded_evictions(r.result.cells[i]));
+    for (const std::string& d : differences(reference_metrics(toy, request), engine_series(r.result.cells[i]))) {
       FAIL_CHECK(d);
     }
   }
@@ -197,33 +190,66 @@ TEST_CASE("a soft-cap bends every logit") {
     INFO(texts[i]);
     REQUIRE(r.result.cells[i].error.empty());
     MetricsRequest request;
-    request.attends =
-        attends_from(toy, r.methods[i].traits.scope, recorded_evictions(r.result.cells[i]));
-    for (const std::string& d :
-         differences(reference_metrics(toy, request), engine_series(r.result.cells[i]))) {
+    request.attends = attends_from(toy, r.methods[i].traits.scope, recorded_evictions(r.result.cells[i]));
+    for (const std::string& d : differences(reference_metrics(toy, request), engine_series(r.result.cells[i]))) {
       FAIL_CHECK(d);
     }
   }
 }
 
+TEST_CASE("the Gaussian's clips bind only where exact radii would, and never bind harder") {
+  const ToyLayer toy = make_toy_layer(toy_options());
+  const ReferenceCompensator tight{"gaussian", Compensation::gaussian};
+  ReferenceCompensator loose{"gaussian:clip=false", Compensation::gaussian};
+  loose.clip = false;
+  const Run r = run(engine_layer(toy), {"h2o"}, 9, 2, 16, {"gaussian", "gaussian:clip=false"});
+  REQUIRE(r.result.cells[0].error.empty());
+  MetricsRequest request;
+  request.attends = attends_from(toy, Scope::kv_head, recorded_evictions(r.result.cells[0]));
+  request.measured = {tight, loose};
+  const NamedSeries truth = reference_metrics(toy, request), found = engine_series(r.result.cells[0]);
+  int n_same = 0, n_clipped = 0;
+  for (const char* name : {"error_corrected", "cos_estimate", "log_mass_ratio"}) {
+    const MatD &low = truth.at(name + std::string(".gaussian")),
+               &high = truth.at(name + std::string(".gaussian:clip=false")),
+               &got = found.at(name + std::string(".gaussian"));
+    for (Eigen::Index i = 0; i < low.size(); ++i) {
+      if (std::isnan(low.data()[i])) {
+        continue;
+      }
+      // Mass and value are clipped apart: the corrected error sees either.
+      const bool clipped = std::abs(truth.at("error_corrected.gaussian").data()[i] -
+                                    truth.at("error_corrected.gaussian:clip=false").data()[i]) > 1e-9;
+      if (!clipped) {
+        ++n_same;
+        CHECK(got.data()[i] == Approx(low.data()[i]).epsilon(1e-4).margin(1e-4));
+        continue;
+      }
+      ++n_clipped;
+      if (name[0] == 'l') {
+        CHECK(got.data()[i] <= low.data()[i] + 1e-4);
+        CHECK(got.data()[i] >= high.data()[i] - 1e-4);
+      }
+    }
+  }
+  CHECK(n_same > 100);
+  CHECK(n_clipped > 0);
+}
+
 TEST_CASE("a method's own compensator makes its output") {
   const ToyLayer toy = make_toy_layer(toy_options());
-  const std::vector<std::string> texts = {"h2o+mean", "h2o+moments",
-                                          "tova:scope=query_head+moments"};
-  const std::vector<ReferenceCompensator> acting = {{"mean", Compensation::mean},
-                                                    {"moments", Compensation::moments},
-                                                    {"moments", Compensation::moments}};
+  const std::vector<std::string> texts = {"h2o+mean", "h2o+moments", "tova:scope=query_head+moments"};
+  const std::vector<ReferenceCompensator> acting = {
+      {"mean", Compensation::mean}, {"moments", Compensation::moments}, {"moments", Compensation::moments}};
   const Run r = run(engine_layer(toy), texts, 9, 2, 16, {});
   for (std::size_t i = 0; i < texts.size(); ++i) {
     INFO(texts[i]);
     REQUIRE(r.result.cells[i].error.empty());
     MetricsRequest request;
-    request.attends =
-        attends_from(toy, r.methods[i].traits.scope, recorded_evictions(r.result.cells[i]));
+    request.attends = attends_from(toy, r.methods[i].traits.scope, recorded_evictions(r.result.cells[i]));
     request.acting = acting[i];
     request.measured = {acting[i]};
-    for (const std::string& d :
-         differences(reference_metrics(toy, request), engine_series(r.result.cells[i]))) {
+    for (const std::string& d : differences(reference_metrics(toy, request), engine_series(r.result.cells[i]))) {
       FAIL_CHECK(d);
     }
   }
@@ -240,12 +266,8 @@ TEST_CASE("spans are retained as far as their tokens are") {
     const Scope scope = r.methods[i].traits.scope;
     const Evicted at = recorded_evictions(r.result.cells[i]);
     const NamedSeries found = engine_series(r.result.cells[i]);
-    CHECK((found.at("retention.needle") - reference_retention(toy, scope, at, 5, 12))
-              .cwiseAbs()
-              .maxCoeff() < 1e-6);
-    CHECK((found.at("retention.instruction") - reference_retention(toy, scope, at, 0, 3))
-              .cwiseAbs()
-              .maxCoeff() < 1e-6);
+    CHECK((found.at("retention.needle") - reference_retention(toy, scope, at, 5, 12)).cwiseAbs().maxCoeff() < 1e-6);
+    CHECK((found.at("retention.instruction") - reference_retention(toy, scope, at, 0, 3)).cwiseAbs().maxCoeff() < 1e-6);
   }
 }
 
@@ -289,12 +311,10 @@ TEST_CASE("subspaces and centroids at checkpoints are those of the reference") {
               state = state * 1664525u + 1013904223u;
               std::swap(all[j], all[(state >> 8) % (j + 1)]);
             }
-            const std::vector<Eigen::Index> r_side(all.begin(),
-                                                   all.begin() + static_cast<long>(kept.size())),
+            const std::vector<Eigen::Index> r_side(all.begin(), all.begin() + static_cast<long>(kept.size())),
                 e_side(all.begin() + static_cast<long>(kept.size()), all.end());
             const Subspaces sub = reference_subspaces(x(r_side, Eigen::all), x(e_side, Eigen::all));
-            const double value =
-                name.find("energy") != std::string::npos ? sub.outside_energy : sub.subspace_cos;
+            const double value = name.find("energy") != std::string::npos ? sub.outside_energy : sub.subspace_cos;
             least = std::min(least, value);
             most = std::max(most, value);
           }

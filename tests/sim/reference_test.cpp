@@ -22,9 +22,7 @@ ToyLayer toy(int group_size = 3, ToyKind kind = ToyKind::structured) {
 }
 
 std::vector<ReferenceCompensator> three() {
-  return {{"mean", Compensation::mean},
-          {"moments", Compensation::moments},
-          {"gaussian", Compensation::gaussian, true}};
+  return {{"mean", Compensation::mean}, {"moments", Compensation::moments}, {"gaussian", Compensation::gaussian, true}};
 }
 
 SelectionRequest request(MakeSelector select, int budget, Traits traits = {}) {
@@ -84,8 +82,7 @@ TEST_CASE("the exact output is the mass-weighted mean of retained and evicted ou
   const ToyLayer layer = toy();
   for (const Pos now : {Pos{5}, Pos{59}}) {
     const Eigen::VectorXd logits = logits_at(layer, 1, now);
-    std::vector<bool> all(static_cast<std::size_t>(now) + 1, true), kept(all.size()),
-        lost(all.size());
+    std::vector<bool> all(static_cast<std::size_t>(now) + 1, true), kept(all.size()), lost(all.size());
     for (std::size_t i = 0; i < all.size(); ++i) {
       kept[i] = i % 3 != 1;
       lost[i] = !kept[i];
@@ -106,17 +103,14 @@ TEST_CASE("error squared is parallel squared plus orthogonal squared") {
   m.attends = attends_from(layer, Scope::kv_head, reference_selection(layer, h2o).evicted_at);
   const NamedSeries s = reference_metrics(layer, m);
   each(s.at("error_parallel"), [&](Eigen::Index i) {
-    const double parallel = s.at("error_parallel").data()[i],
-                 orthogonal = s.at("error_orthogonal").data()[i];
+    const double parallel = s.at("error_parallel").data()[i], orthogonal = s.at("error_orthogonal").data()[i];
     CHECK(std::hypot(parallel, orthogonal) == Approx(s.at("error").data()[i]).epsilon(1e-10));
     CHECK(s.at("directional_mismatch").data()[i] == 1 - s.at("cos_retained_evicted").data()[i]);
     // error = w |f_E - f_R| / |f|, from the angle and the norms' ratio alone.
-    const double ratio = std::exp(s.at("norm_ratio_evicted").data()[i]),
-                 cos = s.at("cos_retained_evicted").data()[i], w = s.at("evicted_mass").data()[i];
-    const double f =
-        std::sqrt((1 - w) * (1 - w) + w * w * ratio * ratio + 2 * w * (1 - w) * ratio * cos);
-    CHECK(w * std::sqrt(1 + ratio * ratio - 2 * ratio * cos) / f ==
-          Approx(s.at("error").data()[i]).epsilon(1e-9));
+    const double ratio = std::exp(s.at("norm_ratio_evicted").data()[i]), cos = s.at("cos_retained_evicted").data()[i],
+                 w = s.at("evicted_mass").data()[i];
+    const double f = std::sqrt((1 - w) * (1 - w) + w * w * ratio * ratio + 2 * w * (1 - w) * ratio * cos);
+    CHECK(w * std::sqrt(1 + ratio * ratio - 2 * ratio * cos) / f == Approx(s.at("error").data()[i]).epsilon(1e-9));
   });
 }
 
@@ -142,9 +136,8 @@ TEST_CASE("equal keys are given back exactly") {
   m.measured = three();
   const NamedSeries s = reference_metrics(layer, m);
   for (const char* name : {"mean", "moments", "gaussian"}) {
-    each(s.at(std::string("error_corrected.") + name), [&](Eigen::Index i) {
-      CHECK(s.at(std::string("error_corrected.") + name).data()[i] < 1e-13);
-    });
+    each(s.at(std::string("error_corrected.") + name),
+         [&](Eigen::Index i) { CHECK(s.at(std::string("error_corrected.") + name).data()[i] < 1e-13); });
   }
 }
 
@@ -190,8 +183,7 @@ TEST_CASE(
       logits[i] = t * layer.scale * q.dot(layer.k[0].row(i));
     }
     const Softmax e = softmax_over(logits, layer.v[0], keep);
-    const ReferenceEstimate hat =
-        estimate({"moments", Compensation::moments}, st, t * q, layer.scale);
+    const ReferenceEstimate hat = estimate({"moments", Compensation::moments}, st, t * q, layer.scale);
     return std::pair{(e.output - hat.value).norm(), e.log_mass - hat.log_mass};
   };
   const auto [far, far_mass] = gap(0.02);
@@ -214,8 +206,7 @@ TEST_CASE("the Gaussian mass adds half the variance, frozen where few tokens car
   CHECK(estimate(gaussian, s, one, 1).log_mass ==
         Approx(std::log(4.0) + 3 + spread * sc - std::log(4.0)).epsilon(1e-12));
   // At half the query, s = 0.935: not frozen.
-  CHECK(estimate(gaussian, s, 0.5 * one, 1).log_mass ==
-        Approx(std::log(4.0) + 1.5 + variance / 8).epsilon(1e-12));
+  CHECK(estimate(gaussian, s, 0.5 * one, 1).log_mass == Approx(std::log(4.0) + 1.5 + variance / 8).epsilon(1e-12));
   gaussian.clip = true;
   const ReferenceEstimate clipped = estimate(gaussian, s, 10 * one, 1);
   CHECK(clipped.log_mass <= std::log(4.0) + 30 + 10 * s.radius_k + 1e-9);
@@ -265,8 +256,8 @@ TEST_CASE("a set never exceeds its budget and protected tokens stay") {
   const ToyLayer layer = toy();
   for (const int budget : {1, 7, 100}) {
     for (const MakeSelector& select :
-         {reference_streaming(), reference_h2o(), reference_tova(), reference_snapkv({}),
-          reference_knorm(), reference_keydiff(), reference_residual(), reference_oracle_mass()}) {
+         {reference_streaming(), reference_h2o(), reference_tova(), reference_snapkv({}), reference_knorm(),
+          reference_keydiff(), reference_residual(), reference_oracle_mass()}) {
       const SelectionResult r = reference_selection(layer, request(select, budget));
       const MatD resident = reference_resident(layer, Scope::kv_head, r.evicted_at);
       CHECK(resident.maxCoeff() <= budget + 1);
@@ -277,8 +268,7 @@ TEST_CASE("a set never exceeds its budget and protected tokens stay") {
   pinned.pool = Pool::decode;
   const SelectionResult r = reference_selection(layer, request(reference_momentum(), 5, pinned));
   CHECK((r.evicted_at.leftCols(layer.options.prompt_len).array() == layer.n_steps()).all());
-  CHECK(reference_resident(layer, Scope::kv_head, r.evicted_at).maxCoeff() ==
-        layer.options.prompt_len + 6);
+  CHECK(reference_resident(layer, Scope::kv_head, r.evicted_at).maxCoeff() == layer.options.prompt_len + 6);
 }
 
 TEST_CASE(
@@ -298,8 +288,7 @@ TEST_CASE(
   }
 }
 
-TEST_CASE(
-    "a forced replay of the reference's own evictions finds no excess, and of wrong ones does") {
+TEST_CASE("a forced replay of the reference's own evictions finds no excess, and of wrong ones does") {
   const ToyLayer layer = toy();
   for (const MakeSelector& select : {reference_h2o(), reference_tova(), reference_residual()}) {
     const SelectionRequest r = request(select, 9);
@@ -356,8 +345,7 @@ TEST_CASE("momentum follows the worked example of its specification") {
   Evicted expected(1, 6);
   expected << 5, 5, 3, 5, 4, 5;
   for (const double alpha : {0.9, 1.0}) {
-    CHECK(reference_selection(layer, request(reference_momentum(alpha), 2, pinned)).evicted_at ==
-          expected);
+    CHECK(reference_selection(layer, request(reference_momentum(alpha), 2, pinned)).evicted_at == expected);
   }
 }
 
@@ -379,21 +367,18 @@ TEST_CASE("the mass oracle keeps at least the attention of any other method in t
     Traits t;
     t.scope = Scope::query_head;
     MetricsRequest m;
-    m.attends =
-        attends_from(layer, t.scope, reference_selection(layer, request(select, 8, t)).evicted_at);
+    m.attends = attends_from(layer, t.scope, reference_selection(layer, request(select, 8, t)).evicted_at);
     return reference_metrics(layer, m).at("evicted_mass").mean();
   };
   const double oracle = mean_mass(reference_oracle_mass());
-  for (const MakeSelector& select :
-       {reference_streaming(), reference_h2o(), reference_tova(), reference_knorm()}) {
+  for (const MakeSelector& select : {reference_streaming(), reference_h2o(), reference_tova(), reference_knorm()}) {
     CHECK(oracle < mean_mass(select));
   }
 }
 
 TEST_CASE("the greedy oracle with one step ahead picks the eviction that a search would pick") {
   const ToyLayer layer = toy(2);
-  const SelectionResult greedy =
-      reference_selection(layer, request(reference_oracle_greedy(1), 12));
+  const SelectionResult greedy = reference_selection(layer, request(reference_oracle_greedy(1), 12));
   // At the first step's eviction: the error at the next step, of every choice.
   for (int kv = 0; kv < 2; ++kv) {
     Pos victim = -1, best = -1;
@@ -411,9 +396,8 @@ TEST_CASE("the greedy oracle with one step ahead picks the eviction that a searc
       double harm = 0;
       for (int h = 2 * kv; h < 2 * kv + 2; ++h) {
         const Pos now = layer.options.prompt_len + 1;
-        const Softmax f =
-            softmax_over(logits_at(layer, h, now), layer.v[static_cast<std::size_t>(kv)],
-                         std::vector<bool>(static_cast<std::size_t>(now) + 1, true));
+        const Softmax f = softmax_over(logits_at(layer, h, now), layer.v[static_cast<std::size_t>(kv)],
+                                       std::vector<bool>(static_cast<std::size_t>(now) + 1, true));
         harm += std::pow(s.at("error")(h, 1) * f.output.norm(), 2);
       }
       if (harm < least) {
@@ -456,8 +440,7 @@ TEST_CASE("quantisation keeps its ends, and kivi leaves the latest tokens exact"
   // 32 exact tokens: nothing is encoded until the 33rd has been seen by a step.
   const Kivi kivi{2, 8, 32};
   CHECK((reference_kivi(layer, kivi, 0, 11) - exact(11)).norm() == 0);
-  CHECK((reference_kivi(layer, kivi, 0, 12) - exact(12)).norm() >
-        1e-3);  // 32 keys went at the end of step 11
+  CHECK((reference_kivi(layer, kivi, 0, 12) - exact(12)).norm() > 1e-3);  // 32 keys went at the end of step 11
   CHECK((reference_kivi(layer, {12, 8, 32}, 0, 30) - exact(30)).norm() < 1e-2);
 }
 
@@ -489,8 +472,7 @@ TEST_CASE("snapkv pools a lone vote over its neighbours") {
   t.decode = Decode::grow;
   // 20 prompt tokens: 4 in the window, and of the rest the five about token 6 stay.
   const SnapKv average{4, 5, false, false};
-  const Evicted at =
-      reference_selection(layer, request(reference_snapkv(average), 9, t)).evicted_at;
+  const Evicted at = reference_selection(layer, request(reference_snapkv(average), 9, t)).evicted_at;
   for (Pos pos = 0; pos < 20; ++pos) {
     CHECK((at(0, pos) != 0) == ((pos >= 4 && pos <= 8) || pos >= 16));
   }

@@ -19,13 +19,9 @@ struct RowOutputs {
 };
 
 // 1 / (1 + exp(-x)) for any x.
-double sigmoid(double x) {
-  return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x));
-}
+double sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
 
-double cosine(const Eigen::VectorXd& a, const Eigen::VectorXd& b) {
-  return a.dot(b) / (a.norm() * b.norm());
-}
+double cosine(const Eigen::VectorXd& a, const Eigen::VectorXd& b) { return a.dot(b) / (a.norm() * b.norm()); }
 
 // What the method returns when `c` stands in for the evicted tokens.
 Eigen::VectorXd merged(const Softmax& retained, double log_mass, const Eigen::VectorXd& value) {
@@ -46,8 +42,7 @@ Metrics one_row(const RowInput& in, RowOutputs& outputs) {
   const MatD& v = layer.v[static_cast<std::size_t>(layer.kv_head(in.q_head))];
   const Eigen::VectorXd logits = logits_at(layer, in.q_head, now);
 
-  std::vector<bool> all(static_cast<std::size_t>(now) + 1, true), kept(all.size()),
-      lost(all.size());
+  std::vector<bool> all(static_cast<std::size_t>(now) + 1, true), kept(all.size()), lost(all.size());
   int n_lost = 0;
   for (Pos pos = 0; pos <= now; ++pos) {
     const auto i = static_cast<std::size_t>(pos);
@@ -60,9 +55,8 @@ Metrics one_row(const RowInput& in, RowOutputs& outputs) {
   const Softmax evicted = softmax_over(logits, v, lost);
 
   Metrics m;
-  const char* of_evicted[] = {"cos_retained_evicted", "directional_mismatch", "norm_ratio_evicted",
-                              "error_parallel",       "error_orthogonal",     "logit_variance",
-                              "logit_spread"};
+  const char* of_evicted[] = {"cos_retained_evicted", "directional_mismatch", "norm_ratio_evicted", "error_parallel",
+                              "error_orthogonal",     "logit_variance",       "logit_spread"};
   for (const char* name : of_evicted) {
     m[name] = kLeftOut;
   }
@@ -70,21 +64,21 @@ Metrics one_row(const RowInput& in, RowOutputs& outputs) {
     m[name] = kLeftOut;
   }
   for (const ReferenceCompensator& c : in.request->measured) {
-    for (const char* name : {"error_corrected", "cos_estimate", "log_mass_ratio",
-                             "error_exact_mass", "error_exact_direction"}) {
+    for (const char* name :
+         {"error_corrected", "cos_estimate", "log_mass_ratio", "error_exact_mass", "error_exact_direction"}) {
       m[name + ("." + c.name)] = kLeftOut;
     }
   }
-  if (!(retained.log_mass >= logits.maxCoeff() + kLeastLogMass)) {
-    return m;
-  }
-  outputs.usable = true;
   outputs.full = full.output;
   outputs.retained = retained.output;
 
   const double size = full.output.norm();
   const double w = n_lost == 0 ? 0 : sigmoid(evicted.log_mass - retained.log_mass);
-  m["evicted_mass"] = w;
+  m["evicted_mass"] = w;  // needs no f_R
+  if (!(retained.log_mass >= logits.maxCoeff() + kLeastLogMass)) {
+    return m;
+  }
+  outputs.usable = true;
   m["error"] = n_lost == 0 ? 0 : (full.output - retained.output).norm() / size;
 
   if (n_lost > 0) {
@@ -105,9 +99,7 @@ Metrics one_row(const RowInput& in, RowOutputs& outputs) {
   const bool has_direction = n_lost > 0 && w >= kLeastEvictedMass;
   if (has_direction) {
     const double cos = cosine(retained.output, evicted.output);
-    const double sin =
-        (evicted.output / evicted.output.norm() - cos * retained.output / retained.output.norm())
-            .norm();
+    const double sin = (evicted.output / evicted.output.norm() - cos * retained.output / retained.output.norm()).norm();
     m["cos_retained_evicted"] = cos;
     m["directional_mismatch"] = 1 - cos;
     m["norm_ratio_evicted"] = std::log(evicted.output.norm() / retained.output.norm());
@@ -132,12 +124,10 @@ Metrics one_row(const RowInput& in, RowOutputs& outputs) {
     }
     const ReferenceEstimate e = estimate(c, *in.statistics, q, layer.scale);
     m["log_mass_ratio." + c.name] = evicted.log_mass - e.log_mass;
-    m["error_exact_mass." + c.name] =
-        (full.output - merged(retained, evicted.log_mass, e.value)).norm() / size;
+    m["error_exact_mass." + c.name] = (full.output - merged(retained, evicted.log_mass, e.value)).norm() / size;
     if (has_direction) {
       m["cos_estimate." + c.name] = cosine(evicted.output, e.value);
-      m["error_exact_direction." + c.name] =
-          (full.output - merged(retained, e.log_mass, evicted.output)).norm() / size;
+      m["error_exact_direction." + c.name] = (full.output - merged(retained, e.log_mass, evicted.output)).norm() / size;
     }
   }
 
@@ -266,8 +256,8 @@ EvictedStatistics statistics_of(const MatD& k, const MatD& v, const std::vector<
   return s;
 }
 
-ReferenceEstimate estimate(const ReferenceCompensator& c, const EvictedStatistics& s,
-                           const Eigen::VectorXd& q, double scale) {
+ReferenceEstimate estimate(const ReferenceCompensator& c, const EvictedStatistics& s, const Eigen::VectorXd& q,
+                           double scale) {
   ReferenceEstimate e;
   e.log_mass = std::log(s.n) + scale * q.dot(s.k_mean);
   e.value = s.v_mean;
@@ -313,8 +303,7 @@ ReferenceEstimate estimate(const ReferenceCompensator& c, const EvictedStatistic
 
 NamedSeries reference_metrics(const ToyLayer& layer, const MetricsRequest& request) {
   NamedSeries series;
-  const auto put = [&](const std::string& name, Eigen::Index row, Eigen::Index rows, int step,
-                       double x) {
+  const auto put = [&](const std::string& name, Eigen::Index row, Eigen::Index rows, int step, double x) {
     MatD& m = series[name];
     if (m.size() == 0) {
       m = MatD::Constant(rows, layer.n_steps(), kLeftOut);
@@ -339,14 +328,11 @@ NamedSeries reference_metrics(const ToyLayer& layer, const MetricsRequest& reque
       }
     }
     if (layer.options.hidden > 0) {
-      put("layer.error", 0, 1, step,
-          projected_error(layer, rows, [](const RowOutputs& r) { return r.retained; }));
-      put("layer.error_output", 0, 1, step,
-          projected_error(layer, rows, [](const RowOutputs& r) { return r.method; }));
+      put("layer.error", 0, 1, step, projected_error(layer, rows, [](const RowOutputs& r) { return r.retained; }));
+      put("layer.error_output", 0, 1, step, projected_error(layer, rows, [](const RowOutputs& r) { return r.method; }));
       for (const ReferenceCompensator& c : request.measured) {
         put("layer.error_corrected." + c.name, 0, 1, step,
-            projected_error(layer, rows,
-                            [&](const RowOutputs& r) { return r.corrected.at(c.name); }));
+            projected_error(layer, rows, [&](const RowOutputs& r) { return r.corrected.at(c.name); }));
       }
     }
   }
@@ -368,15 +354,13 @@ MatD reference_resident(const ToyLayer& layer, Scope scope, const Evicted& evict
   return resident;
 }
 
-MatD reference_retention(const ToyLayer& layer, Scope scope, const Evicted& evicted_at, Pos begin,
-                         Pos end) {
+MatD reference_retention(const ToyLayer& layer, Scope scope, const Evicted& evicted_at, Pos begin, Pos end) {
   MatD share = MatD::Zero(layer.options.n_kv_heads, layer.n_steps());
   for (int h = 0; h < layer.n_heads(); ++h) {
     for (int step = 0; step < layer.n_steps(); ++step) {
       for (Pos pos = begin; pos < end; ++pos) {
         const bool stays = step < evicted_at(set_of(layer, scope, h), pos);
-        share(layer.kv_head(h), step) +=
-            stays ? 1.0 / ((end - begin) * layer.options.group_size) : 0.0;
+        share(layer.kv_head(h), step) += stays ? 1.0 / ((end - begin) * layer.options.group_size) : 0.0;
       }
     }
   }

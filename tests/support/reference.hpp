@@ -65,8 +65,8 @@ struct ReferenceEstimate {
   bool clipped = false;   // a bound on mass or value was reached
 };
 // `q` without the softmax scale, which comes apart.
-ReferenceEstimate estimate(const ReferenceCompensator& c, const EvictedStatistics& s,
-                           const Eigen::VectorXd& q, double scale);
+ReferenceEstimate estimate(const ReferenceCompensator& c, const EvictedStatistics& s, const Eigen::VectorXd& q,
+                           double scale);
 
 struct MetricsRequest {
   Attends attends;
@@ -85,20 +85,18 @@ MatD reference_resident(const ToyLayer& layer, Scope scope, const Evicted& evict
 
 // Share of the tokens in [begin, end), a range of the prompt, that is resident, mean over the sets
 // of each KV head: (n_kv_heads, n_steps).
-MatD reference_retention(const ToyLayer& layer, Scope scope, const Evicted& evicted_at, Pos begin,
-                         Pos end);
+MatD reference_retention(const ToyLayer& layer, Scope scope, const Evicted& evicted_at, Pos begin, Pos end);
 
 // How evicted keys (or values) lie to retained ones; rows are tokens.
 struct Subspaces {
   double outside_energy = 0;  // of E, outside the subspace that holds 90 % of R's energy, both
                               // centred by R and E's mean
-  double subspace_cos =
-      0;  // mean of the first min(r_R, r_E) principal cosines of the 90 % subspaces
-  double centroid_cos = 0;  // of the means, not centred
+  double subspace_cos = 0;    // mean of the first min(r_R, r_E) principal cosines of the 90 % subspaces
+  double centroid_cos = 0;    // of the means, not centred
 };
 Subspaces reference_subspaces(const MatD& retained, const MatD& evicted);
 
-// Rows with no usable f_R: retained mass below e^-88 of the largest weight.
+// Rows with no usable f_R: retained mass below e^-88 of the largest weight. Only their evicted mass counts.
 inline constexpr double kLeastLogMass = -88;
 // Metrics with f_E count steps that hold at least this much evicted mass.
 inline constexpr double kLeastEvictedMass = 1e-6;

@@ -9,8 +9,8 @@ namespace kvreplay::testing {
 namespace {
 
 double tolerance_of(const std::string& name) {
-  static const std::set<std::string> exact = {"evicted_mass", "error", "error_output",
-                                              "error_corrected", "error_exact_mass"};
+  static const std::set<std::string> exact = {"evicted_mass", "error", "error_output", "error_corrected",
+                                              "error_exact_mass"};
   const bool of_layer = name.rfind("layer.", 0) == 0;
   const std::string plain = of_layer ? name.substr(6) : name;
   return exact.count(plain.substr(0, plain.find('.'))) > 0 ? kErrorTolerance : kEvictedTolerance;
@@ -44,8 +44,7 @@ Layer engine_layer(const ToyLayer& toy) {
     for (Pos pos = 0; pos < o.n_tokens; ++pos) {
       for (int head = 0; head < o.group_size; ++head) {
         const MatD& of_head = toy.q[static_cast<std::size_t>(kv * o.group_size + head)];
-        q.row(Eigen::Index{pos} * o.group_size + head) =
-            (toy.scale * of_head.row(pos)).cast<float>();
+        q.row(Eigen::Index{pos} * o.group_size + head) = (toy.scale * of_head.row(pos)).cast<float>();
       }
     }
     layer.q.push_back(std::move(q));
@@ -129,8 +128,8 @@ std::vector<std::string> differences(const NamedSeries& truth, const NamedSeries
     if (place >= 0) {
       std::ostringstream text;
       text.precision(9);
-      text << name << ": row " << place / expected.cols() << " step " << place % expected.cols()
-           << " should be " << expected.data()[place] << ", is " << got.data()[place];
+      text << name << ": row " << place / expected.cols() << " step " << place % expected.cols() << " should be "
+           << expected.data()[place] << ", is " << got.data()[place];
       const auto mass = truth.find("evicted_mass");
       if (mass != truth.end() && mass->second.size() == expected.size()) {
         text << " (evicted mass " << mass->second.data()[place] << ")";

@@ -58,9 +58,7 @@ Eigen::VectorXd received(const SetState& s, int n) {
 
 class Full : public ReferenceSelector {
  public:
-  std::vector<double> score(const SetState& s) override {
-    return std::vector<double>(s.slots.size(), kInfinity);
-  }
+  std::vector<double> score(const SetState& s) override { return std::vector<double>(s.slots.size(), kInfinity); }
 };
 
 class Streaming : public ReferenceSelector {
@@ -79,10 +77,7 @@ class Streaming : public ReferenceSelector {
 class H2o : public ReferenceSelector {
  public:
   H2o(const ToyLayer& layer, ReferenceTokens window, bool by_age, int sink)
-      : window_(window),
-        by_age_(by_age),
-        sink_(sink),
-        sum_(Eigen::VectorXd::Zero(layer.options.n_tokens)) {}
+      : window_(window), by_age_(by_age), sink_(sink), sum_(Eigen::VectorXd::Zero(layer.options.n_tokens)) {}
   void prefill(const SetState& s) override { sum_ = received(s, s.now + 1); }
   void observe(const SetState& s) override { sum_ += s.attention(s.now); }
   std::vector<double> score(const SetState& s) override {
@@ -131,8 +126,7 @@ class SnapKvSelector : public ReferenceSelector {
       std::vector<double> pooled;
       for (int i = 0; i < n_old; ++i) {
         double sum = 0, most = 0;
-        for (int j = std::max(0, i - set_.pool / 2); j <= std::min(n_old - 1, i + set_.pool / 2);
-             ++j) {
+        for (int j = std::max(0, i - set_.pool / 2); j <= std::min(n_old - 1, i + set_.pool / 2); ++j) {
           sum += votes[s.slots[static_cast<std::size_t>(j)]];
           most = std::max(most, votes[s.slots[static_cast<std::size_t>(j)]]);
         }
@@ -190,9 +184,7 @@ class Momentum : public ReferenceSelector {
  public:
   Momentum(const ToyLayer& layer, double alpha)
       : alpha_(alpha), importance_(Eigen::VectorXd::Zero(layer.options.n_tokens)) {}
-  void observe(const SetState& s) override {
-    importance_ = alpha_ * importance_ + s.attention(s.now);
-  }
+  void observe(const SetState& s) override { importance_ = alpha_ * importance_ + s.attention(s.now); }
   std::vector<double> score(const SetState& s) override { return pick(importance_, s.slots); }
 
  private:
@@ -218,8 +210,7 @@ class ResidualSelector : public ReferenceSelector {
       protect_ends(s, set_.sink, window, alone);
       std::vector<std::size_t> order(alone.size());
       std::iota(order.begin(), order.end(), std::size_t{0});
-      std::stable_sort(order.begin(), order.end(),
-                       [&](auto a, auto b) { return alone[a] < alone[b]; });
+      std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return alone[a] < alone[b]; });
       for (std::size_t i = 0; i + static_cast<std::size_t>(s.budget) < order.size(); ++i) {
         gone.push_back(s.slots[order[i]]);
       }
@@ -254,9 +245,9 @@ class OracleMass : public ReferenceSelector {
     Eigen::VectorXd to_come = Eigen::VectorXd::Zero(s.layer->options.n_tokens);
     for (Pos pos = s.now + 1; pos < s.layer->options.n_tokens; ++pos) {
       for (const int h : s.q_heads) {
-        const Softmax all = softmax_over(
-            logits_at(*s.layer, h, pos), s.layer->v[static_cast<std::size_t>(s.layer->kv_head(h))],
-            std::vector<bool>(static_cast<std::size_t>(pos) + 1, true));
+        const Softmax all =
+            softmax_over(logits_at(*s.layer, h, pos), s.layer->v[static_cast<std::size_t>(s.layer->kv_head(h))],
+                         std::vector<bool>(static_cast<std::size_t>(pos) + 1, true));
         to_come.head(pos + 1) += all.weight;
       }
     }
@@ -283,8 +274,7 @@ class OracleGreedy : public ReferenceSelector {
             kept[static_cast<std::size_t>(i)] = i != victim;
           }
           std::fill(kept.begin() + s.now + 1, kept.end(), true);
-          harm += (softmax_over(logits, v, all).output - softmax_over(logits, v, kept).output)
-                      .squaredNorm();
+          harm += (softmax_over(logits, v, all).output - softmax_over(logits, v, kept).output).squaredNorm();
         }
       }
       out.push_back(harm);
@@ -320,15 +310,13 @@ std::vector<std::size_t> smallest(const std::vector<double>& score, std::size_t 
   return order;
 }
 
-double relative(double difference, double to) {
-  return difference / std::max(std::abs(to), kLeastScore);
-}
+double relative(double difference, double to) { return difference / std::max(std::abs(to), kLeastScore); }
 
 // One set's whole replay.
 class SetReplay {
  public:
-  SetReplay(const ToyLayer& layer, const SelectionRequest& request, int set,
-            const Evicted* recorded, SelectionResult& result)
+  SetReplay(const ToyLayer& layer, const SelectionRequest& request, int set, const Evicted* recorded,
+            SelectionResult& result)
       : layer_(layer),
         request_(request),
         set_(set),
@@ -344,8 +332,7 @@ class SetReplay {
       state_.slots.push_back(state_.now);
       update_resident();
       selector->observe(state_);
-      const bool due =
-          request_.traits.decode == Decode::evict && (step + 1) % request_.traits.interval == 0;
+      const bool due = request_.traits.decode == Decode::evict && (step + 1) % request_.traits.interval == 0;
       const bool before = request_.traits.evict == Order::before_attention;
       if (due || recorded_ != nullptr) {
         evict(*selector, due && request_.budgeted, before ? step : step + 1);
@@ -400,6 +387,12 @@ class SetReplay {
           victims.push_back(i);
         }
       }
+      // Eviction before attention: 0 is the prompt's cut and the first step's eviction alike.
+      if (state_.at_prefill() && request_.traits.evict == Order::before_attention && victims.size() > surplus) {
+        const std::vector<double> score = selector.score(state_);
+        std::stable_sort(victims.begin(), victims.end(), [&](auto a, auto b) { return score[a] < score[b]; });
+        victims.resize(surplus);
+      }
       if (victims.size() != surplus) {
         result_.excess = kInfinity;
       }
@@ -415,14 +408,12 @@ class SetReplay {
       victims = own;
       if (surplus < n) {
         const double last = score[own.back()], next = score[smallest(score, surplus + 1).back()];
-        result_.margin =
-            std::min(result_.margin, next == kInfinity ? kInfinity : relative(next - last, last));
+        result_.margin = std::min(result_.margin, next == kInfinity ? kInfinity : relative(next - last, last));
       }
     } else if (surplus > 0) {
       const double limit = score[own.back()];
       for (const std::size_t i : victims) {
-        result_.excess =
-            std::max(result_.excess, score[i] == limit ? 0 : relative(score[i] - limit, limit));
+        result_.excess = std::max(result_.excess, score[i] == limit ? 0 : relative(score[i] - limit, limit));
       }
     }
     std::vector<Pos> gone, stay;
@@ -448,8 +439,7 @@ class SetReplay {
   std::unique_ptr<ReferenceSelector> selector_;
 };
 
-SelectionResult replay(const ToyLayer& layer, const SelectionRequest& request,
-                       const Evicted* recorded) {
+SelectionResult replay(const ToyLayer& layer, const SelectionRequest& request, const Evicted* recorded) {
   SelectionResult result;
   const int sets = n_sets(layer, request.traits.scope);
   result.evicted_at = Evicted::Constant(sets, layer.options.n_tokens, layer.n_steps());
@@ -475,9 +465,9 @@ Eigen::VectorXd SetState::head_attention(int q_head, Pos pos) const {
     }
   }
   Eigen::VectorXd out = Eigen::VectorXd::Zero(layer->options.n_tokens);
-  out.head(pos + 1) = softmax_over(logits_at(*layer, q_head, pos),
-                                   layer->v[static_cast<std::size_t>(layer->kv_head(q_head))], keep)
-                          .weight;
+  out.head(pos + 1) =
+      softmax_over(logits_at(*layer, q_head, pos), layer->v[static_cast<std::size_t>(layer->kv_head(q_head))], keep)
+          .weight;
   return out;
 }
 
@@ -526,9 +516,7 @@ MakeSelector reference_keydiff() { return make<KeyDiff>(); }
 MakeSelector reference_momentum(double alpha) {
   return [=](const ToyLayer& layer) { return std::make_unique<Momentum>(layer, alpha); };
 }
-MakeSelector reference_residual(const Residual& settings) {
-  return make<ResidualSelector>(settings);
-}
+MakeSelector reference_residual(const Residual& settings) { return make<ResidualSelector>(settings); }
 MakeSelector reference_oracle_mass() { return make<OracleMass>(); }
 MakeSelector reference_oracle_greedy(int horizon) { return make<OracleGreedy>(horizon); }
 
@@ -536,8 +524,7 @@ SelectionResult reference_selection(const ToyLayer& layer, const SelectionReques
   return replay(layer, request, nullptr);
 }
 
-SelectionResult check_selection(const ToyLayer& layer, const SelectionRequest& request,
-                                const Evicted& recorded) {
+SelectionResult check_selection(const ToyLayer& layer, const SelectionRequest& request, const Evicted& recorded) {
   return replay(layer, request, &recorded);
 }
 
@@ -557,8 +544,7 @@ std::vector<bool> reference_topk(const ToyLayer& layer, int q_head, Pos now, int
   return chosen;
 }
 
-std::vector<bool> reference_quest(const ToyLayer& layer, int q_head, Pos now, int page,
-                                  int n_pages) {
+std::vector<bool> reference_quest(const ToyLayer& layer, int q_head, Pos now, int page, int n_pages) {
   const MatD& k = layer.k[static_cast<std::size_t>(layer.kv_head(q_head))];
   const Eigen::VectorXd q = layer.q[static_cast<std::size_t>(q_head)].row(now);
   const int pages = now / page + 1;
@@ -589,10 +575,8 @@ std::vector<bool> reference_quest(const ToyLayer& layer, int q_head, Pos now, in
 
 std::vector<double> quantised(const std::vector<double>& x, int bits) {
   const double levels = std::ldexp(1.0, bits) - 1;
-  const double low = *std::min_element(x.begin(), x.end()),
-               high = *std::max_element(x.begin(), x.end());
-  const double zero = round_to(low, Element::f16),
-               step = round_to((high - low) / levels, Element::f16);
+  const double low = *std::min_element(x.begin(), x.end()), high = *std::max_element(x.begin(), x.end());
+  const double zero = round_to(low, Element::f16), step = round_to((high - low) / levels, Element::f16);
   if (step == 0) {
     return x;
   }
@@ -636,8 +620,7 @@ Eigen::VectorXd reference_kivi(const ToyLayer& layer, const Kivi& settings, int 
   }
   ToyLayer encoded = layer;
   encoded.k[kv] = k;
-  return softmax_over(logits_at(encoded, q_head, now), v,
-                      std::vector<bool>(static_cast<std::size_t>(now) + 1, true))
+  return softmax_over(logits_at(encoded, q_head, now), v, std::vector<bool>(static_cast<std::size_t>(now) + 1, true))
       .output;
 }
 

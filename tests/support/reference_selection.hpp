@@ -87,13 +87,11 @@ struct SelectionResult {
   double excess = 0;
 };
 SelectionResult reference_selection(const ToyLayer& layer, const SelectionRequest& request);
-SelectionResult check_selection(const ToyLayer& layer, const SelectionRequest& request,
-                                const Evicted& recorded);
+SelectionResult check_selection(const ToyLayer& layer, const SelectionRequest& request, const Evicted& recorded);
 
 // Readers: what one query head attends of a full cache at a step, as positions' flags.
 std::vector<bool> reference_topk(const ToyLayer& layer, int q_head, Pos now, int n);
-std::vector<bool> reference_quest(const ToyLayer& layer, int q_head, Pos now, int page,
-                                  int n_pages);
+std::vector<bool> reference_quest(const ToyLayer& layer, int q_head, Pos now, int page, int n_pages);
 
 // KIVI on a full cache: keys quantised per channel in groups of tokens, values per token in groups
 // of channels, the latest tokens exact. Returns the attention output at a step.

@@ -47,8 +47,7 @@ class Draw {
 void add_position(MatD& m, double size) {
   const Eigen::Index pairs = m.cols() / 4;
   for (Eigen::Index p = 0; p < pairs; ++p) {
-    const double frequency =
-        0.5 * std::pow(0.15, static_cast<double>(p) / static_cast<double>(pairs));
+    const double frequency = 0.5 * std::pow(0.15, static_cast<double>(p) / static_cast<double>(pairs));
     for (Eigen::Index t = 0; t < m.rows(); ++t) {
       m(t, 2 * p) += size * std::cos(frequency * static_cast<double>(t));
       m(t, 2 * p + 1) += size * std::sin(frequency * static_cast<double>(t));
@@ -95,16 +94,12 @@ void huge_logits(ToyLayer& layer, Draw& draw) {
   for (int kv = 0; kv < o.n_kv_heads; ++kv) {
     // Small integers: every product and sum is exact in float32, so huge logits lose nothing before
     // exp.
-    MatD k = draw.matrix(o.n_tokens, o.head_dim, 1.0).unaryExpr([](double x) {
-      return std::nearbyint(x);
-    });
+    MatD k = draw.matrix(o.n_tokens, o.head_dim, 1.0).unaryExpr([](double x) { return std::nearbyint(x); });
     k.col(0) = draw.matrix(o.n_tokens, 1, 40).unaryExpr([](double x) { return std::nearbyint(x); });
     layer.k.push_back(std::move(k));
     layer.v.push_back(draw.matrix(o.n_tokens, o.v_head_dim, 1.0));
     for (int head = 0; head < o.group_size; ++head) {
-      MatD q = draw.matrix(o.n_tokens, o.head_dim, 1.0).unaryExpr([](double x) {
-        return std::nearbyint(x);
-      });
+      MatD q = draw.matrix(o.n_tokens, o.head_dim, 1.0).unaryExpr([](double x) { return std::nearbyint(x); });
       // One query in four stays mild; the others reach 1e4 either way.
       for (Pos t = 0; t < o.n_tokens; ++t) {
         q(t, 0) = t % 4 == 0 ? 0 : (t % 2 == 0 ? 384 : -384);

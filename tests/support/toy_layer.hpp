@@ -14,11 +14,11 @@ double round_to(double x, Element element);  // half to even, with subnormals
 int element_bytes(Element element);
 
 enum class ToyKind {
-  structured,   // sinks with large mass and small values, local attention, some heads that look far
-                // back
-  huge_logits,  // logits up to +-1e4, exact in float32
-  equal_keys,   // every key the same: uniform attention
-  sharp,        // nearly all attention on one token, rarely the latest
+  structured,    // sinks with large mass and small values, local attention, some heads that look far
+                 // back
+  huge_logits,   // logits up to +-1e4, exact in float32
+  equal_keys,    // every key the same: uniform attention
+  sharp,         // nearly all attention on one token, rarely the latest
   small_evicted  // all tokens but the first two together hold about 4e-6 of the attention
 };
 
