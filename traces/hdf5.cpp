@@ -331,6 +331,13 @@ void write_attribute(hid_t object, const std::string& where, const std::string& 
   }
 }
 
+// Settings for a new object. Objects carry no times: the same command must give the same bytes.
+Handle untimed(hid_t kind) {
+  Handle creation = handle("cannot make creation settings", [&] { return H5Pcreate(kind); });
+  checked("cannot leave out times", [&] { return H5Pset_obj_track_times(creation.get(), false); });
+  return creation;
+}
+
 std::string errno_text() { return std::generic_category().message(errno); }
 
 void sync_path(const std::filesystem::path& path, int flags) {
@@ -348,14 +355,15 @@ void sync_path(const std::filesystem::path& path, int flags) {
 
 // Files are kept to what every reader since HDF5 1.8 knows, in the form whose metadata carries
 // checksums.
-Handle file_access(bool lock) {
+Handle file_access() {
   Handle access =
       handle("cannot make file access settings", [] { return H5Pcreate(H5P_FILE_ACCESS); });
   checked("cannot set the format bounds",
           [&] { return H5Pset_libver_bounds(access.get(), H5F_LIBVER_V18, H5F_LIBVER_V110); });
   checked("cannot set the close degree",
           [&] { return H5Pset_fclose_degree(access.get(), H5F_CLOSE_STRONG); });
-  checked("cannot set file locking", [&] { return H5Pset_file_locking(access.get(), lock, true); });
+  checked("cannot set file locking",
+          [&] { return H5Pset_file_locking(access.get(), false, true); });
   return access;
 }
 
@@ -848,9 +856,11 @@ Handle open_member(hid_t group, const std::string& where, const std::string& nam
 
 Group Group::create_group(const std::string& name) const {
   const std::string full = below(where_, name);
-  return Group(handle(full + " cannot be created",
+  const std::string context = full + " cannot be created";
+  const Handle creation = untimed(H5P_GROUP_CREATE);
+  return Group(handle(context,
                       [&] {
-                        return H5Gcreate2(handle_.get(), name.c_str(), H5P_DEFAULT, H5P_DEFAULT,
+                        return H5Gcreate2(handle_.get(), name.c_str(), H5P_DEFAULT, creation.get(),
                                           H5P_DEFAULT);
                       }),
                full);
@@ -865,7 +875,7 @@ namespace {
 Handle create_dataset(hid_t group, const std::string& full, const std::string& name, hid_t type,
                       const Shape& shape, const Layout& layout) {
   const std::string context = full + " cannot be created";
-  const Handle creation = handle(context, [] { return H5Pcreate(H5P_DATASET_CREATE); });
+  const Handle creation = untimed(H5P_DATASET_CREATE);
   if (!layout.chunk.empty()) {
     const std::vector<hsize_t> chunk(layout.chunk.begin(), layout.chunk.end());
     checked(context, [&] {
@@ -903,8 +913,9 @@ Dataset Group::dataset(const std::string& name) const {
 
 void Group::commit_type(const std::string& name, Type type) const {
   const Handle made = make_type(type);
+  const Handle creation = untimed(H5P_DATATYPE_CREATE);
   checked(below(where_, name) + " cannot be committed", [&] {
-    return H5Tcommit2(handle_.get(), name.c_str(), made.get(), H5P_DEFAULT, H5P_DEFAULT,
+    return H5Tcommit2(handle_.get(), name.c_str(), made.get(), H5P_DEFAULT, creation.get(),
                       H5P_DEFAULT);
   });
 }
@@ -967,11 +978,13 @@ std::filesystem::path File::part_of(const std::filesystem::path& path) {
   return std::filesystem::path(path.string() + ".part");
 }
 
-File File::create(const std::filesystem::path& path) {
-  const std::filesystem::path part = part_of(path);
-  const Handle access = file_access(true);
+File File::create(const std::filesystem::path& path) { return create(path, part_of(path)); }
+
+File File::create(const std::filesystem::path& path, const std::filesystem::path& part) {
+  const Handle access = file_access();
+  const Handle creation = untimed(H5P_FILE_CREATE);
   Handle file = handle(part.string() + " cannot be created", [&] {
-    return H5Fcreate(part.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get());
+    return H5Fcreate(part.c_str(), H5F_ACC_TRUNC, creation.get(), access.get());
   });
   Handle root = handle(part.string() + " has no root group",
                        [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
@@ -981,7 +994,7 @@ File File::create(const std::filesystem::path& path) {
 
 namespace {
 
-Handle open_file(const std::filesystem::path& path, unsigned flags, bool lock) {
+Handle open_file(const std::filesystem::path& path, unsigned flags) {
   std::error_code error;
   if (!std::filesystem::exists(path, error)) {
     throw StorageError(path.string() + " does not exist");
@@ -989,7 +1002,7 @@ Handle open_file(const std::filesystem::path& path, unsigned flags, bool lock) {
   if (std::filesystem::is_directory(path, error)) {
     throw StorageError(path.string() + " is a folder, but a trace file is expected");
   }
-  const Handle access = file_access(lock);
+  const Handle access = file_access();
   Handle file = handle(path.string() + " cannot be opened as HDF5",
                        [&] { return H5Fopen(path.c_str(), flags, access.get()); });
   // Offsets inside the file are taken as they are, which a user block would shift.
@@ -1007,14 +1020,14 @@ Handle open_file(const std::filesystem::path& path, unsigned flags, bool lock) {
 }  // namespace
 
 File File::open(const std::filesystem::path& path) {
-  Handle file = open_file(path, H5F_ACC_RDONLY, false);
+  Handle file = open_file(path, H5F_ACC_RDONLY);
   Handle root = handle(path.string() + " has no root group",
                        [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
   return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, {});
 }
 
 File File::open_write(const std::filesystem::path& path) {
-  Handle file = open_file(path, H5F_ACC_RDWR, true);
+  Handle file = open_file(path, H5F_ACC_RDWR);
   Handle root = handle(path.string() + " has no root group",
                        [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
   return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, {});
