@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "traces" / "python"))
 import kvtrace  # noqa: E402
 
-READ_TRACE = os.environ.get("KVREPLAY_READ_TRACE")
+READ_TRACE = os.path.abspath(os.environ["KVREPLAY_READ_TRACE"]) if "KVREPLAY_READ_TRACE" in os.environ else None
 needs_reader = pytest.mark.skipif(not READ_TRACE, reason="KVREPLAY_READ_TRACE names no built reader")
 
 
