@@ -27,9 +27,9 @@ _METHODS = {
     "given": ("#6f8fa8", "h"),
     "quest": ("#2c8f4f", "D"),
     "kivi": ("#c2571a", "p"),
-    "oracle": ("#b58a00", "*"),
-    "clairvoyant": ("#d58fb8", "*"),
-    "clairvoyant_greedy": ("#8f4a7d", "*"),
+    "topk": ("#b58a00", "*"),
+    "oracle_mass": ("#d58fb8", "*"),
+    "oracle_greedy": ("#a0589a", "*"),
 }
 _SPARE_COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b6992d", "#af7aa1", "#9c755f"]
 _SPARE_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "h", "<", ">", "p"]

@@ -96,12 +96,12 @@ def handles(results, looks, names, n_all, lines=True):
     return out
 
 
-def thin(frame, n, seed=1):
-    """At most n rows, always the same ones, in their order."""
-    if len(frame) <= n:
-        return frame
-    keep = np.sort(np.random.default_rng(seed).choice(len(frame), n, replace=False))
-    return frame.iloc[keep]
+def thin(rows, n, seed=1):
+    """At most n rows of a frame or array, always the same ones, in their order."""
+    if len(rows) <= n:
+        return rows
+    keep = np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False))
+    return rows.iloc[keep] if hasattr(rows, "iloc") else rows[keep]
 
 
 # --- plotly -------------------------------------------------------------------------------------------------------
