@@ -183,12 +183,14 @@ def grid(n_panels, style, height, max_columns=None, **kwargs):
 
 
 def legend_below(figure, handles, style):
-    """One legend for all panels, under them, its columns as wide as the longest name needs."""
+    """One legend for all panels, under them, its columns as wide as the longest name needs; the figure grows by it."""
     if not handles:
         return
     longest = max(len(h.get_label()) for h in handles)
     columns = max(1, min(len(handles), int(WIDTHS[style] * 72 / (30 + 4.1 * longest))))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.4)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.13 + 0.145 * -(-len(handles) // columns))
 
 
 def plain_log(axis):

@@ -10,7 +10,7 @@ from ..errors import Absent
 from ..results import GROUPS
 from ..style import deciding_part, shown_name
 
-N_NAMED = 20  # methods a static figure can name; the rest is drawn in grey
+N_NAMED = 26  # methods a static figure can name; the rest is drawn in grey
 
 
 def configurations(results):
