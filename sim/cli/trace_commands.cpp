@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "policies/errors.hpp"
+#include "sim/version.hpp"
 #include "traces/hdf5.hpp"
 #include "traces/import.hpp"
 #include "traces/info.hpp"
@@ -24,12 +25,6 @@
 #include "traces/verify.hpp"
 
 // Set by the build for this file; a build outside the project's own has no git hash.
-#ifndef KVREPLAY_VERSION
-#define KVREPLAY_VERSION "0.1.0"
-#endif
-#ifndef KVREPLAY_GIT_HASH
-#define KVREPLAY_GIT_HASH ""
-#endif
 
 namespace kvreplay {
 namespace {
@@ -117,10 +112,8 @@ Profile parse_profile(const std::string& name) {
 std::string generator(const CLI::App& command) {
   nlohmann::ordered_json json;
   json["tool"] = "kvreplay " + command.get_name();
-  json["version"] = KVREPLAY_VERSION;
-  if (std::string(KVREPLAY_GIT_HASH) != "") {
-    json["git"] = KVREPLAY_GIT_HASH;
-  }
+  json["version"] = kVersion;
+  json["git"] = kGitHash;
   json["argv"] = {"kvreplay", command.get_name()};
   std::vector<const CLI::Option*> seen;
   for (const CLI::Option* option : command.parse_order()) {
