@@ -54,7 +54,7 @@ void parallel(int n, int threads, Task task) {
 class Replay {
  public:
   Replay(const Layer& layer, std::span<const Job> jobs, const ReplayOptions& options)
-      : layer_(layer), options_(options), shared_{layer, {}, {}, {}, {}}, checkpoints_(layer, options.seed) {
+      : layer_(layer), options_(options), shared_{.layer = layer}, checkpoints_(layer, options.seed) {
     shared_.exact.resize(std::size_t(layer.n_kv_heads));
     product_ = options.metrics.needs_evicted_output() ? ValueProduct::f64 : ValueProduct::f32;
     keep_logits_ = options.metrics.has(Metric::logit_spread) || options.metrics.has(Metric::logit_variance);
@@ -145,7 +145,7 @@ class Replay {
   void shared_prefill() {
     std::vector<int> windows;
     for (const Running& r : running_) {
-      const int w = r.job->method->needs().prompt_queries;
+      const int w = shared_.n_votes(r.job->method->needs().prompt_queries);
       if (w != 0 && std::find(windows.begin(), windows.end(), w) == windows.end()) {
         windows.push_back(w);
       }
@@ -165,8 +165,7 @@ class Replay {
         e.blank(layer_, last, 1);
       }
       for (int w : windows) {
-        const Pos from = w == Needs::kAll ? 0 : std::max<Pos>(0, layer_.prompt_len - w);
-        shared_.mass.at({h, w}) = column_mass(layer_, h, from, layer_.prompt_len);
+        shared_.mass.at({h, w}) = column_mass(layer_, h, layer_.prompt_len - w, layer_.prompt_len);
       }
       prefill_seconds_[std::size_t(h)] += seconds() - start;
     });
