@@ -13,20 +13,28 @@ extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff
 namespace {
 
 constexpr const PartInfo* kParts[] = {
-    &full,     &random,   &streaming, &h2o,         &tova,          &snapkv,   &knorm, &keydiff,
-    &momentum, &residual, &given,     &oracle_mass, &oracle_greedy, &quest,    &topk,  &uniform,
-    &adakv,    &pyramid,  &kivi,      &mean,        &moments,       &gaussian,
+    // select
+    &full, &random, &streaming, &h2o, &tova, &snapkv, &knorm, &keydiff, &momentum, &residual, &given,
+    &oracle_mass, &oracle_greedy,
+    // read
+    &quest, &topk,
+    // allocate
+    &uniform, &adakv, &pyramid,
+    // rewrite
+    &kivi,
+    // compensate
+    &mean, &moments, &gaussian,
 };
 
 constexpr Preset kPresets[] = {
     {"momentkv", "residual+adakv+moments",
-     "MomentKV: evicts what the moments of the evicted tokens predict best, and adds their first-order estimate to the "
-     "output; not Moment-KV (preset moment-kv), which is momentum-decayed attention",
-     "arXiv:2606.01563", "as the parts residual, adakv and moments say"},
+     "MomentKV: count, means and value-key covariance of the evicted tokens choose what leaves and "
+     "correct the output; not Moment-KV (preset moment-kv), a decayed sum of attention",
+     "arXiv:2606.01563",
+     "how heads share the budget the paper does not say: kvpress' Ada-KV; the rest as the parts say"},
     {"moment-kv", "momentum",
-     "Moment-KV: decayed sum of attention over decode tokens, the prompt pinned; not MomentKV "
-     "(preset "
-     "momentkv), which keeps statistical moments of the evicted tokens",
+     "Moment-KV: a decayed sum of attention over decode tokens, the prompt pinned; not MomentKV "
+     "(preset momentkv), which keeps statistical moments of the evicted tokens",
      "arXiv:2605.29873", "as the part momentum says"},
     {"snapkv-official", "snapkv:obs_window=32,pooling=max,kernel=7", "SnapKV with the values of its authors' code",
      "arXiv:2404.14469",

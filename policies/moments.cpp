@@ -19,8 +19,7 @@ Moments::Moments(int head_dim, int v_head_dim)
       v_mean(Eigen::VectorXf::Zero(v_head_dim)),
       scatter(MatF::Zero(v_head_dim, head_dim)) {}
 
-void Moments::add(const Eigen::Ref<const Eigen::VectorXf>& k,
-                  const Eigen::Ref<const Eigen::VectorXf>& v) {
+void Moments::add(const Eigen::Ref<const Eigen::VectorXf>& k, const Eigen::Ref<const Eigen::VectorXf>& v) {
   const float before = static_cast<float>(n), after = before + 1;
   const Eigen::VectorXf dk = k - k_mean, dv = v - v_mean;
   scatter.noalias() += (before / after * dv) * dk.transpose();
@@ -29,8 +28,7 @@ void Moments::add(const Eigen::Ref<const Eigen::VectorXf>& k,
   ++n;
 }
 
-void Moments::remove(const Eigen::Ref<const Eigen::VectorXf>& k,
-                     const Eigen::Ref<const Eigen::VectorXf>& v) {
+void Moments::remove(const Eigen::Ref<const Eigen::VectorXf>& k, const Eigen::Ref<const Eigen::VectorXf>& v) {
   KVREPLAY_CHECK(n > 0);
   if (--n == 0) {
     *this = Moments(static_cast<int>(k_mean.size()), static_cast<int>(v_mean.size()));
@@ -87,8 +85,7 @@ MomentTrack::MomentTrack(int head_dim, int v_head_dim, MomentNeeds needs)
   }
 }
 
-const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_heads,
-                                     std::span<const Loss> losses) {
+const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_heads, std::span<const Loss> losses) {
   const Eigen::Index rows = q.rows();
   const int steps = static_cast<int>(rows) / n_heads;
   rows_.n.resize(rows);
@@ -107,6 +104,13 @@ const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_head
     rows_.radius_k.resize(rows);
     rows_.radius_v.resize(rows);
   }
+  // Those that only the next block will miss.
+  std::size_t n_here = losses.size();
+  while (n_here > 0 && losses[n_here - 1].step >= steps) {
+    --n_here;
+  }
+  const std::span<const Loss> later = losses.subspan(n_here);
+  losses = losses.first(n_here);
   std::size_t taken = 0;
   for (int begin = 0; begin < steps;) {
     // Losses of a segment's first step join the state before its products. Later ones ride along
@@ -130,18 +134,18 @@ const MomentRows& MomentTrack::block(const Eigen::Ref<const MatF>& q, int n_head
       }
       last = next;
     }
-    segment(q, n_heads, begin, std::min(end, steps), losses.subspan(taken, last - taken));
+    segment(q, n_heads, begin, end, losses.subspan(taken, last - taken));
     taken = last;
     begin = end;
   }
+  absorb(later);
   return rows_;
 }
 
 // Rows of steps begin to end. `losses`: up to the last of these steps.
 void MomentTrack::segment(const Eigen::Ref<const MatF>& q, int n_heads, int begin, int end,
                           std::span<const Loss> losses) {
-  const Eigen::Index first_row = Eigen::Index{begin} * n_heads,
-                     n_rows = Eigen::Index{end - begin} * n_heads;
+  const Eigen::Index first_row = Eigen::Index{begin} * n_heads, n_rows = Eigen::Index{end - begin} * n_heads;
   const auto q_rows = q.middleRows(first_row, n_rows);
   const bool products = needs_.tilt || needs_.full;
   std::size_t seen = 0;
@@ -149,13 +153,8 @@ void MomentTrack::segment(const Eigen::Ref<const MatF>& q, int n_heads, int begi
     ++seen;
   }
   const std::span<const Loss> fresh = losses.subspan(seen);
-  centre(losses.first(seen));
-  join(losses.first(seen));
+  absorb(losses.first(seen));
   if (products) {
-    for (std::size_t i = 0; i < seen; i += kChunk) {
-      gather(losses.first(seen).subspan(i, std::min(kChunk, seen - i)));
-      multiply_in();
-    }
     gather(fresh);
     logits_.resize(n_rows, lost_k_.rows());
     if (!fresh.empty()) {
@@ -243,13 +242,22 @@ void MomentTrack::segment(const Eigen::Ref<const MatF>& q, int n_heads, int begi
         rows_.variance_diagonal[r] = q.row(r).cwiseAbs2().dot(variance);
       }
       if (needs_.full) {
-        const double squares = static_cast<double>(q.row(r).dot(spread_.row(i))) +
-                               static_cast<double>(logits_.row(i).squaredNorm());
+        const double squares =
+            static_cast<double>(q.row(r).dot(spread_.row(i))) + static_cast<double>(logits_.row(i).squaredNorm());
         rows_.variance_full[r] = std::max(0.0, squares / n_ - shift * shift);
       }
     }
   }
-  join(fresh.subspan(joined));
+}
+
+// Losses of one step, all at once.
+void MomentTrack::absorb(std::span<const Loss> losses) {
+  centre(losses);
+  join(losses);
+  for (std::size_t i = 0; (needs_.tilt || needs_.full) && i < losses.size(); i += kChunk) {
+    gather(losses.subspan(i, std::min(kChunk, losses.size() - i)));
+    multiply_in();
+  }
 }
 
 // Moves the centre to the mean, at the start to that of `losses`, whenever the count has doubled.

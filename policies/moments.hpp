@@ -14,12 +14,11 @@ struct Moments {
   std::uint32_t n = 0;
   Eigen::VectorXf k_mean;  // (head_dim)
   Eigen::VectorXf v_mean;  // (v_head_dim)
-  MatF scatter;  // (v_head_dim, head_dim) sum of (v - v_mean)(k - k_mean)^T, not normalised
+  MatF scatter;            // (v_head_dim, head_dim) sum of (v - v_mean)(k - k_mean)^T, not normalised
 
   Moments(int head_dim, int v_head_dim);
   void add(const Eigen::Ref<const Eigen::VectorXf>& k, const Eigen::Ref<const Eigen::VectorXf>& v);
-  void remove(const Eigen::Ref<const Eigen::VectorXf>& k,
-              const Eigen::Ref<const Eigen::VectorXf>& v);
+  void remove(const Eigen::Ref<const Eigen::VectorXf>& k, const Eigen::Ref<const Eigen::VectorXf>& v);
   void merge(const Moments& other);
   static Moments of(const Eigen::Ref<const MatF>& k,
                     const Eigen::Ref<const MatF>& v);  // two passes; rows are tokens
@@ -55,12 +54,11 @@ class MomentTrack {
   MomentTrack(int head_dim, int v_head_dim, MomentNeeds needs);
   // q: (steps * n_heads, head_dim), losses as in EvictedBlock. The result stands until the next
   // call.
-  const MomentRows& block(const Eigen::Ref<const MatF>& q, int n_heads,
-                          std::span<const Loss> losses);
+  const MomentRows& block(const Eigen::Ref<const MatF>& q, int n_heads, std::span<const Loss> losses);
 
  private:
-  void segment(const Eigen::Ref<const MatF>& q, int n_heads, int begin, int end,
-               std::span<const Loss> losses);
+  void segment(const Eigen::Ref<const MatF>& q, int n_heads, int begin, int end, std::span<const Loss> losses);
+  void absorb(std::span<const Loss> losses);
   void centre(std::span<const Loss> losses);
   void gather(std::span<const Loss> losses);
   void multiply_in();
@@ -74,9 +72,9 @@ class MomentTrack {
   double n_ = 0, n_centred_ = 0, radius_k_ = 0, radius_v_ = 0;
   Eigen::RowVectorXf k0_, v0_;     // the centre: (head_dim), (v_head_dim)
   Eigen::RowVectorXd k_, v_, kk_;  // sums of k - k0, v - v0, (k - k0)^2
-  MatD kv_, kk_full_;  // sums of (k - k0)^T (v - v0) and (k - k0)^T (k - k0), keys along rows
-  MatF kv_now_, kk_now_, outer_;  // the same rounded, and one chunk's share
-  MatF lost_k_, lost_v_;          // (losses, .) centred keys and values of one chunk
+  MatD kv_, kk_full_;              // sums of (k - k0)^T (v - v0) and (k - k0)^T (k - k0), keys along rows
+  MatF kv_now_, kk_now_, outer_;   // the same rounded, and one chunk's share
+  MatF lost_k_, lost_v_;           // (losses, .) centred keys and values of one chunk
   MatF logits_, tilted_,
       spread_;  // (rows, losses) centred logits; (rows, v_head_dim) q kv; (rows, head_dim) q kk
 };

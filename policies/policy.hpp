@@ -181,7 +181,7 @@ class Allocator {
 // speed: row r of q is head r % n_heads of step r / n_heads, and sees the losses of older blocks and those of this
 // block with step <= its own.
 struct Loss {
-  int step;         // of the block: the first that misses the token
+  int step;         // of the block: the first that misses the token; the next block's first at most
   const float *k, *v;
 };
 struct Estimate {

@@ -304,6 +304,19 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
       o.exact_direction.push_back(out(Metric::error_exact_direction, head, c));
     }
   }
+  // Keeps one row's output if its step is among those asked for.
+  const auto keep = [&](std::vector<float>& to, int head, int step, const auto& x) {
+    const auto& steps = options_.output_steps;
+    const auto it = std::find(steps.begin(), steps.end(), e.begin - layer_.prompt_len + step);
+    if (it == steps.end()) {
+      return;
+    }
+    const auto at = (std::size_t(head) * steps.size() + std::size_t(it - steps.begin())) * std::size_t(rows.dim);
+    for (int i = 0; i < rows.dim; ++i) {
+      to[at + std::size_t(i)] = float(x[i]);
+    }
+  };
+  const bool keeps = !options_.output_steps.empty();
   const auto put = [](float* series, int step, double x) {
     if (series) {
       series[step] = float(x);
@@ -317,6 +330,12 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     const int head = lane.kv_head * layer_.group_size + lane.first_head + r % rows.heads;
     f = all.num.row(r) / all.z[r];
     const double norm_f = f.norm();
+    if (keeps) {
+      keep(cell_.outputs.full, head, step, f);
+    }
+    if (keeps) {
+      keep(cell_.outputs.full, head, step, f);
+    }
     if (errors) {
       errors->full.row(step).segment(head * rows.dim, rows.dim) = f.cast<float>();
     }
@@ -328,6 +347,9 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
         set.reads() ? int(lane.read[std::size_t(r)].size()) == n_seen : n_missing[std::size_t(step)] == 0;
     const double w_e = complete ? 0 : std::min(1.0, evicted.z[r] / all.z[r]);
     put(o.evicted_mass, step, w_e);
+    if (complete && keeps) {
+      keep(cell_.outputs.retained, head, step, f);
+    }
     if (complete && !set.rewrites()) {  // nothing is missing and nothing was changed
       put(o.error, step, 0);
       put(o.error_output, step, 0);
@@ -350,6 +372,15 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     }
 
     f_r = complete ? f : Eigen::RowVectorXd(retained.num.row(r) / retained.z[r]);
+    if (keeps) {
+      keep(cell_.outputs.retained, head, step, f_r);
+      if (!complete && evicted.z[r] > 0) {
+        keep(cell_.outputs.evicted, head, step, Eigen::RowVectorXd(evicted.num.row(r) / evicted.z[r]));
+      }
+      for (std::size_t c = 0; c < estimates.size(); ++c) {
+        keep(cell_.outputs.estimate[c], head, step, estimates[c].value.row(r));
+      }
+    }
     difference = f - f_r;
     put(o.error, step, complete ? 0 : difference.norm() / norm_f);
     if (errors) {
@@ -522,8 +553,25 @@ void Meter::kv_head(const Set& set, const Lane& lane) {
     }
     attended[s] = float(sum);
   }
+  keep_attended(set, lane);
   retention(set, lane);
   checkpoints(set, lane);
+}
+
+// One bit per query head, step and token.
+void Meter::keep_attended(const Set& set, const Lane& lane) {
+  if (cell_.attended.empty()) {
+    return;
+  }
+  const std::size_t n_bytes = (std::size_t(layer_.n_tokens) + 7) / 8;
+  for (int r = 0; r < set.n_steps * set.n_heads; ++r) {
+    const int head = lane.kv_head * layer_.group_size + lane.first_head + r % set.n_heads;
+    const std::size_t step = std::size_t(begin_ - layer_.prompt_len + r / set.n_heads);
+    std::uint8_t* bits = &cell_.attended[(std::size_t(head) * std::size_t(layer_.n_steps()) + step) * n_bytes];
+    for (Pos p : lane.read[std::size_t(r)]) {
+      bits[p / 8] = std::uint8_t(bits[p / 8] | 1U << (p % 8));
+    }
+  }
 }
 
 void Meter::retention(const Set& set, const Lane& lane) {

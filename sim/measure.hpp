@@ -30,6 +30,7 @@ class Meter {
   float* out(Metric, int row, int compensator = -1);  // the series' first step of this block, nullptr if not asked
   void query_heads(const Set&, Lane&, const Rows&, HeadErrors*);
   void kv_head(const Set&, const Lane&);
+  void keep_attended(const Set&, const Lane&);
   void retention(const Set&, const Lane&);
   void checkpoints(const Set&, const Lane&);
   void logits(const Set&, const Lane&, const Rows&, const Eigen::ArrayXd& mean, Eigen::ArrayXd& variance,

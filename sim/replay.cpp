@@ -1,9 +1,8 @@
 #include "sim/replay.hpp"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <optional>
 
 #include "sim/checkpoints.hpp"
@@ -27,12 +26,23 @@ struct Running {
   std::vector<double> seconds;  // per set
 };
 
-// Runs tasks on a team of threads; an exception of a task becomes its cell's sentence.
+// Runs tasks on a team of threads. No exception may leave a parallel region: the first one is thrown after it.
 template <class Task>
 void parallel(int n, int threads, Task task) {
+  std::exception_ptr first;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int i = 0; i < n; ++i) {
-    task(i);
+    try {
+      task(i);
+    } catch (...) {
+#pragma omp critical(kvreplay_first_exception)
+      if (!first) {
+        first = std::current_exception();
+      }
+    }
+  }
+  if (first) {
+    std::rethrow_exception(first);
   }
 }
 
@@ -202,6 +212,7 @@ class Replay {
       r.to_allocate = r.allocator->over_sets();
     }
     add_series(cell, layer_, options_, m.traits.scope == Scope::query_head ? layer_.n_heads : layer_.n_kv_heads);
+    keep_room(cell, m);
     for (const auto& set : r.sets) {
       for (int lane = 0; lane < set->n_lanes; ++lane) {
         r.meters.emplace_back(layer_, options_, r.compensators, cell, checkpoints_, *set, lane);
@@ -210,6 +221,18 @@ class Replay {
     if (layer_.w_o.size() > 0 && options_.metrics.projected()) {
       r.errors = std::make_unique<HeadErrors>();
       r.errors->corrected.resize(r.compensators.parts.size());
+    }
+  }
+
+  // Room for what is kept beyond the series.
+  void keep_room(CellResult& cell, const Method& m) const {
+    const auto n_heads = std::size_t(layer_.n_heads);
+    if (!options_.output_steps.empty()) {
+      const std::vector<float> none(n_heads * options_.output_steps.size() * std::size_t(layer_.v_head_dim), kSkipped);
+      cell.outputs = {none, none, none, std::vector<std::vector<float>>(cell.compensators.size(), none)};
+    }
+    if (options_.keep_attended && m.read) {
+      cell.attended.assign(n_heads * std::size_t(layer_.n_steps()) * ((std::size_t(layer_.n_tokens) + 7) / 8), 0);
     }
   }
 

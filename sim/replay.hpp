@@ -24,16 +24,16 @@ struct ReplayOptions {
   int block_steps = 64;
   int threads = 1;
   std::uint64_t seed = 0;
-  bool keep_outputs = false;  // CellResult::outputs at output_steps
-  std::vector<int> output_steps;
+  std::vector<int> output_steps;            // steps whose CellResult::outputs are kept
+  bool keep_attended = false;               // CellResult::attended of per-step selection
   const std::atomic<bool>* stop = nullptr;  // asked at every block; the replay ends early
   std::function<void(int steps)> progress;  // after every block, with the steps done
 };
 
-// Attention outputs of one cell at chosen steps: (n_heads, n_output_steps, v_head_dim) each.
+// Attention outputs of one cell at chosen steps: (n_heads, n_output_steps, v_head_dim) each; NaN where there is none.
 struct Outputs {
   std::vector<float> full, retained, evicted;
-  std::vector<std::vector<float>> estimate;  // per compensator
+  std::vector<std::vector<float>> estimate;  // per compensator: of the evicted output
 };
 
 struct CellResult {
@@ -43,6 +43,8 @@ struct CellResult {
   int n_steps = 0;
   // (n_sets, n_tokens) first decode step without the token, 0 = cut at the prompt, n_steps = never.
   std::vector<std::vector<std::int32_t>> evicted_at;
+  // With a reader, if kept: (n_heads, n_steps, bytes) bit p % 8 of byte p / 8 = token p was attended.
+  std::vector<std::uint8_t> attended;
   Outputs outputs;
   double seconds = 0;  // this method's own cost, summed over threads
   std::string error;   // the sentence of what went wrong; empty if nothing did

@@ -199,6 +199,13 @@ void ResultsWriter::add(const CellId& id, const CellResult& cell, const std::vec
           number(st.mean), number(st.std), number(st.p50), number(st.p90), number(st.p99), number(st.max));
     }
   }
+  if (detail_.retained && !cell.attended.empty()) {
+    const auto n_heads = std::uint64_t(id.n_heads), n_steps = std::uint64_t(cell.n_steps);
+    const std::uint64_t n_bytes = cell.attended.size() / (n_heads * n_steps);
+    child(root, "attended")
+        .create(index, hdf5::Type::u8, {n_heads, n_steps, n_bytes}, {{1, n_steps, n_bytes}, 4, false})
+        .write(hdf5::bytes_of(cell.attended));
+  }
   if (detail_.retained) {
     std::vector<std::int32_t> all;
     for (const auto& row : cell.evicted_at) {

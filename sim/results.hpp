@@ -1,4 +1,4 @@
-// The folder that a run writes: summary.csv, results.h5, run.json. design: docs/metrics.md and docs/results.md.
+// The folder that a run writes: summary.csv, results.h5, run.json (docs/results.md).
 #pragma once
 #include <filesystem>
 #include <memory>

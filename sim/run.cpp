@@ -134,8 +134,19 @@ class Run {
         throw ConfigError(fmt::format("{}: a prompt of {} tokens leaves no decode step of the trace's {} tokens",
                                       path.string(), input.prompt_len, info.n_tokens));
       }
+      check_output_steps(input);
       choose_layers(input);
       inputs_.push_back(std::make_unique<Input>(std::move(input)));
+    }
+  }
+
+  void check_output_steps(const Input& input) const {
+    const int n_steps = input.reader.info().n_tokens - input.prompt_len;
+    for (int step : request_.output_steps) {
+      if (step >= n_steps) {
+        throw ConfigError(fmt::format("--steps: {} is past the last of {}'s {} decode steps, which is {}", step,
+                                      input.reader.info().path.string(), n_steps, n_steps - 1));
+      }
     }
   }
 
@@ -332,8 +343,8 @@ class Run {
                           .block_steps = kBlockSteps,
                           .threads = request_.threads,
                           .seed = request_.seed,
-                          .keep_outputs = request_.detail.outputs,
                           .output_steps = request_.output_steps,
+                          .keep_attended = request_.detail.retained,
                           .stop = request_.stop,
                           .progress = {}};
     for (const PartUse& c : compensators_) {

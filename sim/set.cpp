@@ -365,6 +365,7 @@ void Set::rewrite(int lane_index, int slot, const Eigen::VectorXf& k, const Eige
   Lane& lane = lanes[lane_index];
   const ExactBlock& e = exact(lane);
   const Pos p = positions_[slot];
+  rewritten_.push_back(p);
   lane.bytes += new_bytes - bytes(lane_index, slot);
   Stored& own = lane.stored[p];
   if (own.k.size() != 0) {
@@ -608,6 +609,9 @@ void Set::prefill_evict(const std::vector<float>& scores) {
 
 void Set::arrive(int step) {
   step_ = step;
+  std::swap(rewritten_, rewritten_before_);
+  rewritten_.clear();
+  rewritten = rewritten_before_;
   now = exact(lanes[0]).begin + step;
   positions_.push_back(now);
   append(now);

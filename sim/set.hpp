@@ -143,6 +143,7 @@ class Set final : public Cache, public Future {
   std::unique_ptr<Reader> read_;
   std::unique_ptr<Rewriter> rewrite_;
   std::vector<Pos> positions_;
+  std::vector<Pos> rewritten_, rewritten_before_;  // in this step, in the one before
   bool pinned_by_list_ = false;
   int step_ = 0, effect_ = 0;  // effect: first step of the block that feels a change made now
 };

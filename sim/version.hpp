@@ -3,5 +3,5 @@
 #include <string_view>
 
 namespace kvreplay {
-extern const std::string_view kVersion, kGitHash, kBuildFlags, kSourceDir;
+extern const std::string_view kVersion, kGitHash, kBuildFlags;
 }

@@ -1,4 +1,5 @@
-// SHA-256 over the logical content of a trace: the same for every profile and writer of the same content.
+// SHA-256 over the logical content of a trace: the same for every profile and writer of the same
+// content.
 #pragma once
 #include <cstddef>
 #include <map>
@@ -34,7 +35,8 @@ struct TraceHashes {
 TraceHashes hash_trace(const TraceReader& trace);
 
 // The content hash where the hashes of the arrays are known already.
-std::string content_hash(const TraceReader& trace, const std::map<std::string, std::string>& arrays);
+std::string content_hash(const TraceReader& trace,
+                         const std::map<std::string, std::string>& arrays);
 
 std::string array_path(int layer, const std::string& name);  // "layers/004/k"
 

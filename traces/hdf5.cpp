@@ -18,7 +18,8 @@ namespace {
 
 static_assert(sizeof(hid_t) == sizeof(std::int64_t));
 
-// Attributes larger than this are not metadata any more; a corrupt size must not become an allocation.
+// Attributes larger than this are not metadata any more; a corrupt size must not become an
+// allocation.
 constexpr std::uint64_t kMaxAttributeBytes = std::uint64_t{64} << 20;
 constexpr std::uint64_t kMaxChunks = std::uint64_t{1} << 22;
 // Deflate cannot shrink data by more than about 1032 times.
@@ -67,7 +68,8 @@ Handle handle(const std::string& context, Call&& call) {
 Handle make_bfloat16() {
   Handle type = handle("cannot make the bfloat16 type", [] { return H5Tcopy(H5T_IEEE_F32LE); });
   const hid_t id = type.get();
-  // Fields first, then the smaller precision: the library refuses a precision that would cut a field.
+  // Fields first, then the smaller precision: the library refuses a precision that would cut a
+  // field.
   checked("cannot make the bfloat16 type", [&] { return H5Tset_fields(id, 15, 7, 8, 0, 7); });
   checked("cannot make the bfloat16 type", [&] { return H5Tset_precision(id, 16); });
   checked("cannot make the bfloat16 type", [&] { return H5Tset_size(id, 2); });
@@ -92,52 +94,76 @@ Handle copy_of(hid_t id) {
 Handle make_type(Type type) {
   silence();
   switch (type) {
-    case Type::f16: return make_float16();
-    case Type::bf16: return make_bfloat16();
-    case Type::f32: return copy_of(H5T_IEEE_F32LE);
-    case Type::f64: return copy_of(H5T_IEEE_F64LE);
-    case Type::i8: return copy_of(H5T_STD_I8LE);
-    case Type::i16: return copy_of(H5T_STD_I16LE);
-    case Type::i32: return copy_of(H5T_STD_I32LE);
-    case Type::i64: return copy_of(H5T_STD_I64LE);
-    case Type::u8: return copy_of(H5T_STD_U8LE);
-    case Type::u16: return copy_of(H5T_STD_U16LE);
-    case Type::u32: return copy_of(H5T_STD_U32LE);
-    case Type::u64: return copy_of(H5T_STD_U64LE);
+    case Type::f16:
+      return make_float16();
+    case Type::bf16:
+      return make_bfloat16();
+    case Type::f32:
+      return copy_of(H5T_IEEE_F32LE);
+    case Type::f64:
+      return copy_of(H5T_IEEE_F64LE);
+    case Type::i8:
+      return copy_of(H5T_STD_I8LE);
+    case Type::i16:
+      return copy_of(H5T_STD_I16LE);
+    case Type::i32:
+      return copy_of(H5T_STD_I32LE);
+    case Type::i64:
+      return copy_of(H5T_STD_I64LE);
+    case Type::u8:
+      return copy_of(H5T_STD_U8LE);
+    case Type::u16:
+      return copy_of(H5T_STD_U16LE);
+    case Type::u32:
+      return copy_of(H5T_STD_U32LE);
+    case Type::u64:
+      return copy_of(H5T_STD_U64LE);
     case Type::text:
-    case Type::other: break;
+    case Type::other:
+      break;
   }
   throw StorageError("a dataset cannot be created with this element type");
 }
 
-// Fixed length, null padded: such text lives inside the object header or the data, both of which are checked or
-// hashed; variable-length text would live in a heap that is neither.
+// Fixed length, null padded: such text lives inside the object header or the data, both of which
+// are checked or hashed; variable-length text would live in a heap that is neither.
 Handle make_text_type(std::size_t bytes) {
   Handle type = handle("cannot make a text type", [] { return H5Tcopy(H5T_C_S1); });
-  checked("cannot make a text type", [&] { return H5Tset_size(type.get(), std::max<std::size_t>(bytes, 1)); });
+  checked("cannot make a text type",
+          [&] { return H5Tset_size(type.get(), std::max<std::size_t>(bytes, 1)); });
   checked("cannot make a text type", [&] { return H5Tset_strpad(type.get(), H5T_STR_NULLPAD); });
   checked("cannot make a text type", [&] { return H5Tset_cset(type.get(), H5T_CSET_UTF8); });
   return type;
 }
 
-bool has_fields(hid_t type, std::size_t sign, std::size_t exp_pos, std::size_t exp_size, std::size_t man_size,
-                std::size_t bias) {
+bool has_fields(hid_t type, std::size_t sign, std::size_t exp_pos, std::size_t exp_size,
+                std::size_t man_size, std::size_t bias) {
   std::size_t s = 0, e = 0, es = 0, m = 0, ms = 0;
-  return H5Tget_fields(type, &s, &e, &es, &m, &ms) >= 0 && s == sign && e == exp_pos && es == exp_size && m == 0 &&
-         ms == man_size && H5Tget_ebias(type) == bias && H5Tget_offset(type) == 0 &&
-         H5Tget_norm(type) == H5T_NORM_IMPLIED && H5Tget_order(type) == H5T_ORDER_LE;
+  return H5Tget_fields(type, &s, &e, &es, &m, &ms) >= 0 && s == sign && e == exp_pos &&
+         es == exp_size && m == 0 && ms == man_size && H5Tget_ebias(type) == bias &&
+         H5Tget_offset(type) == 0 && H5Tget_norm(type) == H5T_NORM_IMPLIED &&
+         H5Tget_order(type) == H5T_ORDER_LE;
 }
 
 Type classify(hid_t type) {
   silence();
   const std::size_t size = H5Tget_size(type);
   switch (H5Tget_class(type)) {
-    case H5T_STRING: return Type::text;
+    case H5T_STRING:
+      return Type::text;
     case H5T_FLOAT:
-      if (size == 2 && has_fields(type, 15, 10, 5, 10, 15)) return Type::f16;
-      if (size == 2 && has_fields(type, 15, 7, 8, 7, 127)) return Type::bf16;
-      if (size == 4 && has_fields(type, 31, 23, 8, 23, 127)) return Type::f32;
-      if (size == 8 && has_fields(type, 63, 52, 11, 52, 1023)) return Type::f64;
+      if (size == 2 && has_fields(type, 15, 10, 5, 10, 15)) {
+        return Type::f16;
+      }
+      if (size == 2 && has_fields(type, 15, 7, 8, 7, 127)) {
+        return Type::bf16;
+      }
+      if (size == 4 && has_fields(type, 31, 23, 8, 23, 127)) {
+        return Type::f32;
+      }
+      if (size == 8 && has_fields(type, 63, 52, 11, 52, 1023)) {
+        return Type::f64;
+      }
       return Type::other;
     case H5T_INTEGER: {
       if (H5Tget_precision(type) != 8 * size || (size > 1 && H5Tget_order(type) != H5T_ORDER_LE)) {
@@ -145,14 +171,20 @@ Type classify(hid_t type) {
       }
       const bool is_signed = H5Tget_sign(type) == H5T_SGN_2;
       switch (size) {
-        case 1: return is_signed ? Type::i8 : Type::u8;
-        case 2: return is_signed ? Type::i16 : Type::u16;
-        case 4: return is_signed ? Type::i32 : Type::u32;
-        case 8: return is_signed ? Type::i64 : Type::u64;
-        default: return Type::other;
+        case 1:
+          return is_signed ? Type::i8 : Type::u8;
+        case 2:
+          return is_signed ? Type::i16 : Type::u16;
+        case 4:
+          return is_signed ? Type::i32 : Type::u32;
+        case 8:
+          return is_signed ? Type::i64 : Type::u64;
+        default:
+          return Type::other;
       }
     }
-    default: return Type::other;
+    default:
+      return Type::other;
   }
 }
 
@@ -164,7 +196,8 @@ Shape shape_of_space(hid_t space, const std::string& where) {
   if (kind != H5S_SIMPLE) {
     throw StorageError(where + " has a null dataspace, but it must hold data");
   }
-  const int rank = checked(where + ": cannot read its shape", [&] { return H5Sget_simple_extent_ndims(space); });
+  const int rank =
+      checked(where + ": cannot read its shape", [&] { return H5Sget_simple_extent_ndims(space); });
   Shape shape(static_cast<std::size_t>(rank));
   static_assert(sizeof(hsize_t) == sizeof(std::uint64_t));
   std::vector<hsize_t> dims(shape.size());
@@ -187,19 +220,25 @@ std::string trimmed(const char* text, std::size_t size) {
   return std::string(text, std::find(text, text + size, '\0'));
 }
 
-// `read(memory_type, buffer)` fills a buffer with n texts; here is what both attributes and datasets do around it.
+// `read(memory_type, buffer)` fills a buffer with n texts; here is what both attributes and
+// datasets do around it.
 template <typename Read>
-std::vector<std::string> read_texts_with(hid_t file_type, std::uint64_t n, hid_t space, const std::string& where,
-                                         Read&& read) {
+std::vector<std::string> read_texts_with(hid_t file_type, std::uint64_t n, hid_t space,
+                                         const std::string& where, Read&& read) {
   std::vector<std::string> texts(n);
-  if (checked(where + ": cannot read the text type", [&] { return H5Tis_variable_str(file_type); }) > 0) {
-    Handle memory = handle(where + ": cannot copy the text type", [&] { return H5Tcopy(H5T_C_S1); });
-    checked(where + ": cannot set the text type", [&] { return H5Tset_size(memory.get(), H5T_VARIABLE); });
+  if (checked(where + ": cannot read the text type",
+              [&] { return H5Tis_variable_str(file_type); }) > 0) {
+    Handle memory =
+        handle(where + ": cannot copy the text type", [&] { return H5Tcopy(H5T_C_S1); });
+    checked(where + ": cannot set the text type",
+            [&] { return H5Tset_size(memory.get(), H5T_VARIABLE); });
     checked(where + ": cannot set the text type",
             [&] { return H5Tset_cset(memory.get(), H5Tget_cset(file_type)); });
     std::vector<char*> raw(n, nullptr);
     // The library allocated the strings, also where the copy below fails.
-    const auto reclaim = [&](void*) { H5Dvlen_reclaim(memory.get(), space, H5P_DEFAULT, raw.data()); };
+    const auto reclaim = [&](void*) {
+      H5Dvlen_reclaim(memory.get(), space, H5P_DEFAULT, raw.data());
+    };
     const std::unique_ptr<void, decltype(reclaim)> guard(&raw, reclaim);
     read(memory.get(), static_cast<void*>(raw.data()));
     for (std::uint64_t i = 0; i < n; ++i) {
@@ -209,7 +248,8 @@ std::vector<std::string> read_texts_with(hid_t file_type, std::uint64_t n, hid_t
   }
   const std::size_t width = H5Tget_size(file_type);
   if (width == 0 || width > kMaxAttributeBytes || n > (std::uint64_t{4} << 30) / width) {
-    throw StorageError(fmt::format("{}: {} texts of {} bytes are more than this format allows", where, n, width));
+    throw StorageError(
+        fmt::format("{}: {} texts of {} bytes are more than this format allows", where, n, width));
   }
   std::vector<char> raw(n * width);
   read(file_type, static_cast<void*>(raw.data()));
@@ -219,7 +259,8 @@ std::vector<std::string> read_texts_with(hid_t file_type, std::uint64_t n, hid_t
   return texts;
 }
 
-// The library clamps what does not fit a signed 64-bit integer; a value at that end is therefore refused.
+// The library clamps what does not fit a signed 64-bit integer; a value at that end is therefore
+// refused.
 void refuse_clamped(std::span<const std::int64_t> values, const std::string& where) {
   for (const std::int64_t value : values) {
     if (value == std::numeric_limits<std::int64_t>::max()) {
@@ -236,19 +277,22 @@ struct OpenAttribute {
   std::string where;
 };
 
-OpenAttribute open_attribute(hid_t object, const std::string& object_where, const std::string& name) {
+OpenAttribute open_attribute(hid_t object, const std::string& object_where,
+                             const std::string& name) {
   OpenAttribute a;
   a.where = quoted(object_where, name);
   silence();
   if (H5Aexists(object, name.c_str()) <= 0) {
     throw StorageError(object_where + " lacks the attribute '" + name + "'");
   }
-  a.attribute = handle(a.where + " cannot be opened", [&] { return H5Aopen(object, name.c_str(), H5P_DEFAULT); });
+  a.attribute = handle(a.where + " cannot be opened",
+                       [&] { return H5Aopen(object, name.c_str(), H5P_DEFAULT); });
   a.type = handle(a.where + " has no type", [&] { return H5Aget_type(a.attribute.get()); });
   a.space = handle(a.where + " has no dataspace", [&] { return H5Aget_space(a.attribute.get()); });
   const Shape shape = shape_of_space(a.space.get(), a.where);
   if (shape.size() > 1 || n_elements(shape) > kMaxAttributeBytes / 8) {
-    throw StorageError(a.where + " has shape " + to_string(shape) + ", but must be one value or a list");
+    throw StorageError(a.where + " has shape " + to_string(shape) +
+                       ", but must be one value or a list");
   }
   a.n = n_elements(shape);
   return a;
@@ -258,13 +302,14 @@ template <typename T>
 std::vector<T> read_numbers(const OpenAttribute& a, hid_t memory) {
   std::vector<T> values(a.n);
   if (a.n > 0) {
-    checked(a.where + " cannot be read", [&] { return H5Aread(a.attribute.get(), memory, values.data()); });
+    checked(a.where + " cannot be read",
+            [&] { return H5Aread(a.attribute.get(), memory, values.data()); });
   }
   return values;
 }
 
-void write_attribute(hid_t object, const std::string& where, const std::string& name, hid_t type, const Shape& shape,
-                     const void* data) {
+void write_attribute(hid_t object, const std::string& where, const std::string& name, hid_t type,
+                     const Shape& shape, const void* data) {
   const std::string context = quoted(where, name) + " cannot be written";
   if (checked(context, [&] { return H5Aexists(object, name.c_str()); }) > 0) {
     Handle old = handle(context, [&] { return H5Aopen(object, name.c_str(), H5P_DEFAULT); });
@@ -301,12 +346,15 @@ void sync_path(const std::filesystem::path& path, int flags) {
   }
 }
 
-// Files are kept to what every reader since HDF5 1.8 knows, in the form whose metadata carries checksums.
+// Files are kept to what every reader since HDF5 1.8 knows, in the form whose metadata carries
+// checksums.
 Handle file_access(bool lock) {
-  Handle access = handle("cannot make file access settings", [] { return H5Pcreate(H5P_FILE_ACCESS); });
+  Handle access =
+      handle("cannot make file access settings", [] { return H5Pcreate(H5P_FILE_ACCESS); });
   checked("cannot set the format bounds",
           [&] { return H5Pset_libver_bounds(access.get(), H5F_LIBVER_V18, H5F_LIBVER_V110); });
-  checked("cannot set the close degree", [&] { return H5Pset_fclose_degree(access.get(), H5F_CLOSE_STRONG); });
+  checked("cannot set the close degree",
+          [&] { return H5Pset_fclose_degree(access.get(), H5F_CLOSE_STRONG); });
   checked("cannot set file locking", [&] { return H5Pset_file_locking(access.get(), lock, true); });
   return access;
 }
@@ -316,46 +364,65 @@ Handle file_access(bool lock) {
 std::size_t size_of(Type type) {
   switch (type) {
     case Type::i8:
-    case Type::u8: return 1;
+    case Type::u8:
+      return 1;
     case Type::f16:
     case Type::bf16:
     case Type::i16:
-    case Type::u16: return 2;
+    case Type::u16:
+      return 2;
     case Type::f32:
     case Type::i32:
-    case Type::u32: return 4;
+    case Type::u32:
+      return 4;
     case Type::f64:
     case Type::i64:
-    case Type::u64: return 8;
+    case Type::u64:
+      return 8;
     case Type::text:
-    case Type::other: return 0;
+    case Type::other:
+      return 0;
   }
   return 0;
 }
 
 std::string_view name_of(Type type) {
   switch (type) {
-    case Type::f16: return "float16";
-    case Type::bf16: return "bfloat16";
-    case Type::f32: return "float32";
-    case Type::f64: return "float64";
-    case Type::i8: return "int8";
-    case Type::i16: return "int16";
-    case Type::i32: return "int32";
-    case Type::i64: return "int64";
-    case Type::u8: return "uint8";
-    case Type::u16: return "uint16";
-    case Type::u32: return "uint32";
-    case Type::u64: return "uint64";
-    case Type::text: return "text";
-    case Type::other: return "another type";
+    case Type::f16:
+      return "float16";
+    case Type::bf16:
+      return "bfloat16";
+    case Type::f32:
+      return "float32";
+    case Type::f64:
+      return "float64";
+    case Type::i8:
+      return "int8";
+    case Type::i16:
+      return "int16";
+    case Type::i32:
+      return "int32";
+    case Type::i64:
+      return "int64";
+    case Type::u8:
+      return "uint8";
+    case Type::u16:
+      return "uint16";
+    case Type::u32:
+      return "uint32";
+    case Type::u64:
+      return "uint64";
+    case Type::text:
+      return "text";
+    case Type::other:
+      return "another type";
   }
   return "another type";
 }
 
 bool is_integer(Type type) {
-  return type == Type::i8 || type == Type::i16 || type == Type::i32 || type == Type::i64 || type == Type::u8 ||
-         type == Type::u16 || type == Type::u32 || type == Type::u64;
+  return type == Type::i8 || type == Type::i16 || type == Type::i32 || type == Type::i64 ||
+         type == Type::u8 || type == Type::u16 || type == Type::u32 || type == Type::u64;
 }
 
 std::string to_string(const Shape& shape) { return fmt::format("({})", fmt::join(shape, ", ")); }
@@ -364,7 +431,8 @@ std::uint64_t n_elements(const Shape& shape) {
   std::uint64_t n = 1;
   for (const std::uint64_t dim : shape) {
     if (dim != 0 && n > std::numeric_limits<std::uint64_t>::max() / dim) {
-      throw StorageError("the shape " + to_string(shape) + " has more elements than 64 bits can count");
+      throw StorageError("the shape " + to_string(shape) +
+                         " has more elements than 64 bits can count");
     }
     n *= dim;
   }
@@ -400,15 +468,19 @@ std::string Object::text(const std::string& name) const {
   if (classify(a.type.get()) != Type::text || a.n != 1) {
     throw StorageError(a.where + " must be one text");
   }
-  return read_texts_with(a.type.get(), 1, a.space.get(), a.where, [&](hid_t memory, void* out) {
-           checked(a.where + " cannot be read", [&] { return H5Aread(a.attribute.get(), memory, out); });
-         }).front();
+  return read_texts_with(a.type.get(), 1, a.space.get(), a.where,
+                         [&](hid_t memory, void* out) {
+                           checked(a.where + " cannot be read",
+                                   [&] { return H5Aread(a.attribute.get(), memory, out); });
+                         })
+      .front();
 }
 
 std::int64_t Object::integer(const std::string& name) const {
   const std::vector<std::int64_t> values = integers(name);
   if (values.size() != 1) {
-    throw StorageError(fmt::format("{} must be one integer, but holds {}", quoted(where_, name), values.size()));
+    throw StorageError(
+        fmt::format("{} must be one integer, but holds {}", quoted(where_, name), values.size()));
   }
   return values.front();
 }
@@ -416,7 +488,8 @@ std::int64_t Object::integer(const std::string& name) const {
 double Object::real(const std::string& name) const {
   const std::vector<double> values = reals(name);
   if (values.size() != 1) {
-    throw StorageError(fmt::format("{} must be one number, but holds {}", quoted(where_, name), values.size()));
+    throw StorageError(
+        fmt::format("{} must be one number, but holds {}", quoted(where_, name), values.size()));
   }
   return values.front();
 }
@@ -485,11 +558,13 @@ void Object::set(const std::string& name, std::span<const double> values) const 
 }
 
 Type Dataset::type() const {
-  return classify(handle(where_ + " has no type", [&] { return H5Dget_type(handle_.get()); }).get());
+  return classify(
+      handle(where_ + " has no type", [&] { return H5Dget_type(handle_.get()); }).get());
 }
 
 Shape Dataset::shape() const {
-  const Handle space = handle(where_ + " has no dataspace", [&] { return H5Dget_space(handle_.get()); });
+  const Handle space =
+      handle(where_ + " has no dataspace", [&] { return H5Dget_space(handle_.get()); });
   return shape_of_space(space.get(), where_);
 }
 
@@ -503,9 +578,11 @@ std::size_t Dataset::text_bytes() const {
 
 Storage Dataset::storage() const {
   const hid_t id = handle_.get();
-  const Handle creation = handle(where_ + " has no creation settings", [&] { return H5Dget_create_plist(id); });
+  const Handle creation =
+      handle(where_ + " has no creation settings", [&] { return H5Dget_create_plist(id); });
   const Shape dims = shape();
-  const std::uint64_t element = H5Tget_size(handle(where_ + " has no type", [&] { return H5Dget_type(id); }).get());
+  const std::uint64_t element =
+      H5Tget_size(handle(where_ + " has no type", [&] { return H5Dget_type(id); }).get());
   Storage storage;
   if (H5Pget_external_count(creation.get()) != 0) {
     throw StorageError(where_ + " keeps its data in another file, which is not allowed");
@@ -521,25 +598,27 @@ Storage Dataset::storage() const {
     throw StorageError(where_ + " is neither contiguous nor chunked");
   }
   std::vector<hsize_t> chunk(dims.size());
-  checked(where_ + ": its chunks cannot be read",
-          [&] { return H5Pget_chunk(creation.get(), static_cast<int>(chunk.size()), chunk.data()); });
+  checked(where_ + ": its chunks cannot be read", [&] {
+    return H5Pget_chunk(creation.get(), static_cast<int>(chunk.size()), chunk.data());
+  });
   storage.chunk.assign(chunk.begin(), chunk.end());
 
-  const int n_filters =
-      checked(where_ + ": its filters cannot be read", [&] { return H5Pget_nfilters(creation.get()); });
+  const int n_filters = checked(where_ + ": its filters cannot be read",
+                                [&] { return H5Pget_nfilters(creation.get()); });
   for (int i = 0; i < n_filters; ++i) {
     unsigned flags = 0, config = 0;
     std::size_t n_values = 0;
     char name[64] = "";
-    const H5Z_filter_t filter = H5Pget_filter2(creation.get(), static_cast<unsigned>(i), &flags, &n_values, nullptr,
-                                               sizeof(name), name, &config);
+    const H5Z_filter_t filter = H5Pget_filter2(creation.get(), static_cast<unsigned>(i), &flags,
+                                               &n_values, nullptr, sizeof(name), name, &config);
     if (filter == H5Z_FILTER_SHUFFLE && !storage.shuffle && !storage.deflate) {
       storage.shuffle = true;
     } else if (filter == H5Z_FILTER_DEFLATE && !storage.deflate) {
       storage.deflate = true;
     } else {
-      throw StorageError(fmt::format("{} uses filter {} ({}); only shuffle (2) and then deflate (1) are allowed",
-                                     where_, filter, trimmed(name, sizeof(name))));
+      throw StorageError(
+          fmt::format("{} uses filter {} ({}); only shuffle (2) and then deflate (1) are allowed",
+                      where_, filter, trimmed(name, sizeof(name))));
     }
   }
 
@@ -552,7 +631,8 @@ Storage Dataset::storage() const {
   }
   const std::uint64_t n_chunks = n_elements(grid);
   if (n_chunks > kMaxChunks) {
-    throw StorageError(fmt::format("{} has {} chunks; at most {} are allowed", where_, n_chunks, kMaxChunks));
+    throw StorageError(
+        fmt::format("{} has {} chunks; at most {} are allowed", where_, n_chunks, kMaxChunks));
   }
   storage.extents.resize(n_chunks);
   std::vector<hsize_t> corner(dims.size());
@@ -571,7 +651,8 @@ Storage Dataset::storage() const {
       continue;
     }
     if (mask != 0) {
-      throw StorageError(where_ + " has a chunk for which a filter was left out, which is not allowed");
+      throw StorageError(where_ +
+                         " has a chunk for which a filter was left out, which is not allowed");
     }
     storage.extents[i] = {offset, bytes};
   }
@@ -587,22 +668,25 @@ void check_bytes(std::uint64_t expected, std::size_t found, const std::string& w
 }
 
 // Selects [start, start + count) in the dataset's own space.
-Handle select_block(hid_t dataset, const Shape& start, const Shape& count, const std::string& where) {
+Handle select_block(hid_t dataset, const Shape& start, const Shape& count,
+                    const std::string& where) {
   Handle space = handle(where + " has no dataspace", [&] { return H5Dget_space(dataset); });
   const Shape dims = shape_of_space(space.get(), where);
   if (start.size() != dims.size() || count.size() != dims.size()) {
-    throw StorageError(where + " has " + std::to_string(dims.size()) + " dimensions, which the block must match");
+    throw StorageError(where + " has " + std::to_string(dims.size()) +
+                       " dimensions, which the block must match");
   }
   for (std::size_t d = 0; d < dims.size(); ++d) {
     if (start[d] > dims[d] || count[d] > dims[d] - start[d]) {
-      throw StorageError(fmt::format("{}: the block at {} of {} lies outside {}", where, to_string(start),
-                                     to_string(count), to_string(dims)));
+      throw StorageError(fmt::format("{}: the block at {} of {} lies outside {}", where,
+                                     to_string(start), to_string(count), to_string(dims)));
     }
   }
   if (!dims.empty()) {
     const std::vector<hsize_t> from(start.begin(), start.end()), n(count.begin(), count.end());
     checked(where + ": cannot select a block", [&] {
-      return H5Sselect_hyperslab(space.get(), H5S_SELECT_SET, from.data(), nullptr, n.data(), nullptr);
+      return H5Sselect_hyperslab(space.get(), H5S_SELECT_SET, from.data(), nullptr, n.data(),
+                                 nullptr);
     });
   }
   return space;
@@ -610,13 +694,15 @@ Handle select_block(hid_t dataset, const Shape& start, const Shape& count, const
 
 }  // namespace
 
-void Dataset::write_block(const Shape& start, const Shape& count, std::span<const std::byte> data) const {
+void Dataset::write_block(const Shape& start, const Shape& count,
+                          std::span<const std::byte> data) const {
   const Handle type = handle(where_ + " has no type", [&] { return H5Dget_type(handle_.get()); });
   check_bytes(n_elements(count) * H5Tget_size(type.get()), data.size(), where_);
   const Handle file_space = select_block(handle_.get(), start, count, where_);
   const Handle memory_space = make_space(count);
   checked(where_ + " cannot be written", [&] {
-    return H5Dwrite(handle_.get(), type.get(), memory_space.get(), file_space.get(), H5P_DEFAULT, data.data());
+    return H5Dwrite(handle_.get(), type.get(), memory_space.get(), file_space.get(), H5P_DEFAULT,
+                    data.data());
   });
 }
 
@@ -626,7 +712,8 @@ void Dataset::read_block(const Shape& start, const Shape& count, std::span<std::
   const Handle file_space = select_block(handle_.get(), start, count, where_);
   const Handle memory_space = make_space(count);
   checked(where_ + " cannot be read", [&] {
-    return H5Dread(handle_.get(), type.get(), memory_space.get(), file_space.get(), H5P_DEFAULT, data.data());
+    return H5Dread(handle_.get(), type.get(), memory_space.get(), file_space.get(), H5P_DEFAULT,
+                   data.data());
   });
 }
 
@@ -642,8 +729,8 @@ void Dataset::read(std::span<std::byte> data) const {
 
 namespace {
 
-// The length of a 1-D or scalar dataset, refused where it cannot have so much data: a corrupt or hostile shape must
-// not become an allocation.
+// The length of a 1-D or scalar dataset, refused where it cannot have so much data: a corrupt or
+// hostile shape must not become an allocation.
 std::uint64_t column_length(hid_t dataset, const Shape& dims, const std::string& where) {
   if (dims.size() > 1) {
     throw StorageError(where + " has shape " + to_string(dims) + ", but must be one-dimensional");
@@ -657,7 +744,8 @@ std::uint64_t column_length(hid_t dataset, const Shape& dims, const std::string&
 }
 
 template <typename T>
-std::vector<T> read_column_as(hid_t dataset, std::uint64_t n, hid_t memory, const std::string& where) {
+std::vector<T> read_column_as(hid_t dataset, std::uint64_t n, hid_t memory,
+                              const std::string& where) {
   std::vector<T> values(n);
   if (n > 0) {
     checked(where + " cannot be read",
@@ -693,7 +781,8 @@ std::vector<std::string> Dataset::read_texts() const {
   if (classify(type.get()) != Type::text) {
     throw StorageError(where_ + " must hold texts");
   }
-  const Handle space = handle(where_ + " has no dataspace", [&] { return H5Dget_space(handle_.get()); });
+  const Handle space =
+      handle(where_ + " has no dataspace", [&] { return H5Dget_space(handle_.get()); });
   const std::uint64_t n = column_length(handle_.get(), shape(), where_);
   if (n == 0) {
     return {};
@@ -733,7 +822,8 @@ std::string below(const std::string& where, const std::string& name) {
 }
 
 // Opens a member that must exist, be a hard link and be of the asked kind.
-Handle open_member(hid_t group, const std::string& where, const std::string& name, H5I_type_t kind) {
+Handle open_member(hid_t group, const std::string& where, const std::string& name,
+                   H5I_type_t kind) {
   const std::string full = below(where, name);
   const char* noun = kind == H5I_GROUP ? "group" : "dataset";
   silence();
@@ -746,7 +836,8 @@ Handle open_member(hid_t group, const std::string& where, const std::string& nam
   if (info.type != H5L_TYPE_HARD) {
     throw StorageError(full + " is a soft or external link, which is not allowed");
   }
-  Handle member = handle(full + " cannot be opened", [&] { return H5Oopen(group, name.c_str(), H5P_DEFAULT); });
+  Handle member =
+      handle(full + " cannot be opened", [&] { return H5Oopen(group, name.c_str(), H5P_DEFAULT); });
   if (H5Iget_type(member.get()) != kind) {
     throw StorageError(full + " must be a " + noun);
   }
@@ -759,7 +850,8 @@ Group Group::create_group(const std::string& name) const {
   const std::string full = below(where_, name);
   return Group(handle(full + " cannot be created",
                       [&] {
-                        return H5Gcreate2(handle_.get(), name.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+                        return H5Gcreate2(handle_.get(), name.c_str(), H5P_DEFAULT, H5P_DEFAULT,
+                                          H5P_DEFAULT);
                       }),
                full);
 }
@@ -770,17 +862,20 @@ Group Group::group(const std::string& name) const {
 
 namespace {
 
-Handle create_dataset(hid_t group, const std::string& full, const std::string& name, hid_t type, const Shape& shape,
-                      const Layout& layout) {
+Handle create_dataset(hid_t group, const std::string& full, const std::string& name, hid_t type,
+                      const Shape& shape, const Layout& layout) {
   const std::string context = full + " cannot be created";
   const Handle creation = handle(context, [] { return H5Pcreate(H5P_DATASET_CREATE); });
   if (!layout.chunk.empty()) {
     const std::vector<hsize_t> chunk(layout.chunk.begin(), layout.chunk.end());
-    checked(context,
-            [&] { return H5Pset_chunk(creation.get(), static_cast<int>(chunk.size()), chunk.data()); });
+    checked(context, [&] {
+      return H5Pset_chunk(creation.get(), static_cast<int>(chunk.size()), chunk.data());
+    });
     if (layout.deflate > 0) {
       checked(context, [&] { return H5Pset_shuffle(creation.get()); });
-      checked(context, [&] { return H5Pset_deflate(creation.get(), static_cast<unsigned>(layout.deflate)); });
+      checked(context, [&] {
+        return H5Pset_deflate(creation.get(), static_cast<unsigned>(layout.deflate));
+      });
     }
   } else if (layout.reserved) {
     checked(context, [&] { return H5Pset_alloc_time(creation.get(), H5D_ALLOC_TIME_EARLY); });
@@ -788,15 +883,18 @@ Handle create_dataset(hid_t group, const std::string& full, const std::string& n
   }
   const Handle space = make_space(shape);
   return handle(context, [&] {
-    return H5Dcreate2(group, name.c_str(), type, space.get(), H5P_DEFAULT, creation.get(), H5P_DEFAULT);
+    return H5Dcreate2(group, name.c_str(), type, space.get(), H5P_DEFAULT, creation.get(),
+                      H5P_DEFAULT);
   });
 }
 
 }  // namespace
 
-Dataset Group::create(const std::string& name, Type type, const Shape& shape, const Layout& layout) const {
+Dataset Group::create(const std::string& name, Type type, const Shape& shape,
+                      const Layout& layout) const {
   const std::string full = below(where_, name);
-  return Dataset(create_dataset(handle_.get(), full, name, make_type(type).get(), shape, layout), full);
+  return Dataset(create_dataset(handle_.get(), full, name, make_type(type).get(), shape, layout),
+                 full);
 }
 
 Dataset Group::dataset(const std::string& name) const {
@@ -806,13 +904,16 @@ Dataset Group::dataset(const std::string& name) const {
 void Group::commit_type(const std::string& name, Type type) const {
   const Handle made = make_type(type);
   checked(below(where_, name) + " cannot be committed", [&] {
-    return H5Tcommit2(handle_.get(), name.c_str(), made.get(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+    return H5Tcommit2(handle_.get(), name.c_str(), made.get(), H5P_DEFAULT, H5P_DEFAULT,
+                      H5P_DEFAULT);
   });
 }
 
-Dataset Group::create_texts(const std::string& name, std::size_t width, std::uint64_t n, const Layout& layout) const {
+Dataset Group::create_texts(const std::string& name, std::size_t width, std::uint64_t n,
+                            const Layout& layout) const {
   const std::string full = below(where_, name);
-  return Dataset(create_dataset(handle_.get(), full, name, make_text_type(width).get(), {n}, layout), full);
+  return Dataset(
+      create_dataset(handle_.get(), full, name, make_text_type(width).get(), {n}, layout), full);
 }
 
 Dataset Group::write_column(const std::string& name, std::span<const std::string> values) const {
@@ -822,7 +923,8 @@ Dataset Group::write_column(const std::string& name, std::span<const std::string
   }
   std::vector<char> raw(values.size() * width, '\0');
   for (std::size_t i = 0; i < values.size(); ++i) {
-    std::copy(values[i].begin(), values[i].end(), raw.begin() + static_cast<std::ptrdiff_t>(i * width));
+    std::copy(values[i].begin(), values[i].end(),
+              raw.begin() + static_cast<std::ptrdiff_t>(i * width));
   }
   Dataset dataset = create_texts(name, width, values.size());
   if (!values.empty()) {
@@ -834,7 +936,8 @@ Dataset Group::write_column(const std::string& name, std::span<const std::string
 namespace {
 
 template <typename T>
-Dataset write_numbers(const Group& group, const std::string& name, Type type, std::span<const T> values) {
+Dataset write_numbers(const Group& group, const std::string& name, Type type,
+                      std::span<const T> values) {
   Dataset dataset = group.create(name, type, {values.size()});
   if (!values.empty()) {
     dataset.write(std::as_bytes(values));
@@ -870,8 +973,10 @@ File File::create(const std::filesystem::path& path) {
   Handle file = handle(part.string() + " cannot be created", [&] {
     return H5Fcreate(part.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get());
   });
-  Handle root = handle(part.string() + " has no root group", [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
-  return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, part);
+  Handle root = handle(part.string() + " has no root group",
+                       [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
+  return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path,
+              part);
 }
 
 namespace {
@@ -891,7 +996,8 @@ Handle open_file(const std::filesystem::path& path, unsigned flags, bool lock) {
   const Handle creation = handle(path.string() + " has no creation settings",
                                  [&] { return H5Fget_create_plist(file.get()); });
   hsize_t user_block = 0;
-  checked(path.string() + " has no superblock", [&] { return H5Pget_userblock(creation.get(), &user_block); });
+  checked(path.string() + " has no superblock",
+          [&] { return H5Pget_userblock(creation.get(), &user_block); });
   if (user_block != 0) {
     throw StorageError(path.string() + " has a user block, which is not allowed");
   }
@@ -902,13 +1008,15 @@ Handle open_file(const std::filesystem::path& path, unsigned flags, bool lock) {
 
 File File::open(const std::filesystem::path& path) {
   Handle file = open_file(path, H5F_ACC_RDONLY, false);
-  Handle root = handle(path.string() + " has no root group", [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
+  Handle root = handle(path.string() + " has no root group",
+                       [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
   return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, {});
 }
 
 File File::open_write(const std::filesystem::path& path) {
   Handle file = open_file(path, H5F_ACC_RDWR, true);
-  Handle root = handle(path.string() + " has no root group", [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
+  Handle root = handle(path.string() + " has no root group",
+                       [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
   return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, {});
 }
 
@@ -916,10 +1024,9 @@ void File::close() {
   if (handle_.get() < 0) {
     return;
   }
-  checked(path_.string() + " cannot be flushed", [&] { return H5Fflush(handle_.get(), H5F_SCOPE_LOCAL); });
-  {
-    const Handle root_handle = std::move(root_.handle_);
-  }
+  checked(path_.string() + " cannot be flushed",
+          [&] { return H5Fflush(handle_.get(), H5F_SCOPE_LOCAL); });
+  { const Handle root_handle = std::move(root_.handle_); }
   const Handle last = std::move(handle_);
 }
 
@@ -930,12 +1037,8 @@ void File::publish() {
 }
 
 void File::discard() {
-  {
-    const Handle root_handle = std::move(root_.handle_);
-  }
-  {
-    const Handle last = std::move(handle_);
-  }
+  { const Handle root_handle = std::move(root_.handle_); }
+  { const Handle last = std::move(handle_); }
   if (!part_.empty()) {
     std::error_code ignored;
     std::filesystem::remove(part_, ignored);
@@ -948,7 +1051,8 @@ void publish_file(const std::filesystem::path& part, const std::filesystem::path
   std::error_code error;
   std::filesystem::rename(part, path, error);
   if (error) {
-    throw StorageError(part.string() + " cannot be renamed to " + path.string() + " (" + error.message() + ")");
+    throw StorageError(part.string() + " cannot be renamed to " + path.string() + " (" +
+                       error.message() + ")");
   }
   const std::filesystem::path folder = path.parent_path();
   sync_path(folder.empty() ? "." : folder, O_RDONLY | O_DIRECTORY);

@@ -1,4 +1,5 @@
-// HDF5, wrapped once: everything above speaks of files, groups, datasets and attributes, and never sees a C handle.
+// HDF5, wrapped once: everything above speaks of files, groups, datasets and attributes, and never
+// sees a C handle.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -29,19 +30,22 @@ std::uint64_t n_elements(const Shape& shape);
 
 // How a new dataset lies in the file.
 struct Layout {
-  Shape chunk;             // empty = contiguous
-  int deflate = 0;         // 1..9; chunked only, always behind a byte shuffle
-  bool reserved = false;   // contiguous: space is given at creation, so that it has an offset before any write
+  Shape chunk;      // empty = contiguous
+  int deflate = 0;  // 1..9; chunked only, always behind a byte shuffle
+  bool reserved =
+      false;  // contiguous: space is given at creation, so that it has an offset before any write
 };
 
-// Where the bytes of an existing dataset lie, so that they can be read outside the library and its global lock.
+// Where the bytes of an existing dataset lie, so that they can be read outside the library and its
+// global lock.
 struct Extent {
   std::uint64_t offset = 0, bytes = 0;  // bytes 0 = never written
 };
 struct Storage {
-  Shape chunk;                  // empty = contiguous
+  Shape chunk;  // empty = contiguous
   bool shuffle = false, deflate = false;
-  std::vector<Extent> extents;  // contiguous: one; chunked: one per place of the row-major chunk grid
+  std::vector<Extent>
+      extents;  // contiguous: one; chunked: one per place of the row-major chunk grid
 };
 
 // Owns one reference to a library object.
@@ -97,9 +101,11 @@ class Dataset : public Object {
   Type type() const;
   Shape shape() const;
   std::size_t text_bytes() const;  // width of a fixed-length text element; 0 where lengths vary
-  Storage storage() const;         // refuses filters, layouts and links that cannot be read outside the library
+  Storage storage()
+      const;  // refuses filters, layouts and links that cannot be read outside the library
 
-  // The whole dataset, or the block [start, start + count) of it, row-major, as stored: no conversion.
+  // The whole dataset, or the block [start, start + count) of it, row-major, as stored: no
+  // conversion.
   void write(std::span<const std::byte> data) const;
   void write_block(const Shape& start, const Shape& count, std::span<const std::byte> data) const;
   void read(std::span<std::byte> data) const;
@@ -121,9 +127,11 @@ class Group : public Object {
   bool has(const std::string& name) const;
   Group create_group(const std::string& name) const;
   Group group(const std::string& name) const;
-  Dataset create(const std::string& name, Type type, const Shape& shape, const Layout& layout = {}) const;
+  Dataset create(const std::string& name, Type type, const Shape& shape,
+                 const Layout& layout = {}) const;
   // A column of fixed-length, null padded UTF-8 texts.
-  Dataset create_texts(const std::string& name, std::size_t width, std::uint64_t n, const Layout& layout = {}) const;
+  Dataset create_texts(const std::string& name, std::size_t width, std::uint64_t n,
+                       const Layout& layout = {}) const;
   Dataset dataset(const std::string& name) const;
   // Commits `type` under a name, so that a reader in any language can look it up.
   void commit_type(const std::string& name, Type type) const;
@@ -141,12 +149,12 @@ class Group : public Object {
   Group(Handle handle, std::string where) : Object(std::move(handle), std::move(where)) {}
 };
 
-// A file. `create` writes under `<path>.part`; the final name appears with `publish`, whole or not at all.
-// A file that is destroyed unpublished leaves the .part file to its owner (see `discard`).
+// A file. `create` writes under `<path>.part`; the final name appears with `publish`, whole or not
+// at all. A file that is destroyed unpublished leaves the .part file to its owner (see `discard`).
 class File {
  public:
   static File create(const std::filesystem::path& path);
-  static File open(const std::filesystem::path& path);       // read only, never locks
+  static File open(const std::filesystem::path& path);        // read only, never locks
   static File open_write(const std::filesystem::path& path);  // an existing file, in place
 
   const Group& root() const { return root_; }
@@ -157,7 +165,10 @@ class File {
 
  private:
   File(Handle handle, Group root, std::filesystem::path path, std::filesystem::path part)
-      : handle_(std::move(handle)), root_(std::move(root)), path_(std::move(path)), part_(std::move(part)) {}
+      : handle_(std::move(handle)),
+        root_(std::move(root)),
+        path_(std::move(path)),
+        part_(std::move(part)) {}
   Handle handle_;
   Group root_;
   std::filesystem::path path_, part_;  // part_ empty where nothing is to be published

@@ -1,5 +1,5 @@
-// Opens a trace, checks everything that can be checked without reading the tensors, and then reads rows of them as
-// float32, from any number of threads.
+// Opens a trace, checks everything that can be checked without reading the tensors, and then reads
+// rows of them as float32, from any number of threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -28,12 +28,12 @@ struct Span {
 
 struct Rope {
   bool present = false;
-  std::string style;               // "half" or "interleaved"
+  std::string style;  // "half" or "interleaved"
   int rotary_dim = 0;
   double attention_factor = 1, theta = 0;
   std::string scaling_json;
-  bool invertible = true;          // false if parameters changed during the sequence
-  std::vector<double> inv_freq;    // (rotary_dim / 2)
+  bool invertible = true;        // false if parameters changed during the sequence
+  std::vector<double> inv_freq;  // (rotary_dim / 2)
 };
 
 struct TraceInfo {
@@ -67,30 +67,39 @@ class TraceReader {
 
   const TraceInfo& info() const { return info_; }
 
-  std::span<const Pos> q_index(int layer) const;  // tokens whose queries are stored, ascending; empty if none are
-  void read_k(int layer, int kv_head, Pos begin, Pos end, std::span<float> out) const;  // (end - begin, head_dim)
-  void read_v(int layer, int kv_head, Pos begin, Pos end, std::span<float> out) const;  // (end - begin, v_head_dim)
+  std::span<const Pos> q_index(
+      int layer) const;  // tokens whose queries are stored, ascending; empty if none are
+  void read_k(int layer, int kv_head, Pos begin, Pos end,
+              std::span<float> out) const;  // (end - begin, head_dim)
+  void read_v(int layer, int kv_head, Pos begin, Pos end,
+              std::span<float> out) const;  // (end - begin, v_head_dim)
   // Every position in [begin, end) must be in q_index(layer).
-  void read_q(int layer, int head, Pos begin, Pos end, std::span<float> out) const;  // (end - begin, head_dim)
+  void read_q(int layer, int head, Pos begin, Pos end,
+              std::span<float> out) const;  // (end - begin, head_dim)
 
   bool has_out(int layer) const;
-  std::span<const Pos> out_index(int layer) const;  // tokens whose attention output is stored, ascending
-  void read_out(int layer, int head, Pos begin, Pos end, std::span<float> out) const;  // (end - begin, v_head_dim)
+  std::span<const Pos> out_index(
+      int layer) const;  // tokens whose attention output is stored, ascending
+  void read_out(int layer, int head, Pos begin, Pos end,
+                std::span<float> out) const;  // (end - begin, v_head_dim)
 
   bool has_w_o(int layer) const;
-  int hidden(int layer) const;                        // rows of w_o; 0 without it
-  std::vector<float> read_w_o(int layer) const;       // (hidden, n_heads * v_head_dim)
+  int hidden(int layer) const;                   // rows of w_o; 0 without it
+  std::vector<float> read_w_o(int layer) const;  // (hidden, n_heads * v_head_dim)
 
   std::vector<std::string> score_names(int layer) const;
-  std::vector<float> read_scores(int layer, const std::string& name, int kv_head) const;  // (n_tokens)
+  std::vector<float> read_scores(int layer, const std::string& name,
+                                 int kv_head) const;  // (n_tokens)
 
   // Size and time are as they were at open. Cheap: called before each layer.
   void check_unchanged() const;
 
-  // The bulk arrays as stored, for hashes and repacking: "k", "v", "q", "out", "w_o", "scores/NAME", in this order.
+  // The bulk arrays as stored, for hashes and repacking: "k", "v", "q", "out", "w_o",
+  // "scores/NAME", in this order.
   std::vector<std::string> array_names(int layer) const;
   const StoredArray& array(int layer, const std::string& name) const;
-  std::string array_hash(int layer, const std::string& name) const;  // the sha256 attribute, "" if there is none
+  std::string array_hash(
+      int layer, const std::string& name) const;  // the sha256 attribute, "" if there is none
 
  private:
   struct Layer;

@@ -1,5 +1,5 @@
-// Rewrites a trace in the other profile: same logical content, same content hash. Also what makes an interrupted
-// capture whole: tokens that never came are left out.
+// Rewrites a trace in the other profile: same logical content, same content hash. Also what makes
+// an interrupted capture whole: tokens that never came are left out.
 #pragma once
 #include <filesystem>
 

@@ -1,4 +1,5 @@
-// The names, versions and limits of the trace format. They exist only here; docs/trace_format.md explains them.
+// The names, versions and limits of the trace format. They exist only here; docs/trace_format.md
+// explains them.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -45,7 +46,7 @@ inline constexpr const char* kGenerator = "generator";
 inline constexpr const char* kContentHash = "content_hash";
 inline constexpr const char* kComplete = "complete";
 inline constexpr const char* kProvenance = "provenance";
-inline constexpr std::array kRootAttributes = {kFormatAttr, kVersionAttr,  kUuid,     kCreatedUtc,
+inline constexpr std::array kRootAttributes = {kFormatAttr, kVersionAttr, kUuid,     kCreatedUtc,
                                                kGenerator,  kContentHash, kComplete, kProvenance};
 
 // Attributes of /model (its name is kName).
@@ -62,9 +63,9 @@ inline constexpr const char* kLogitSoftcap = "logit_softcap";
 inline constexpr const char* kDtype = "dtype";
 inline constexpr const char* kWeightsHash = "weights_hash";
 inline constexpr const char* kSlidingWindow = "sliding_window";
-inline constexpr std::array kModelAttributes = {kName,     kArchitecture,  kConfigJson, kNLayers,        kNHeads,
-                                                kNKvHeads, kHeadDim,       kVHeadDim,   kAttentionScale, kQkNorm,
-                                                kDtype,    kLogitSoftcap, kWeightsHash, kSlidingWindow};
+inline constexpr std::array kModelAttributes = {
+    kName,     kArchitecture,   kConfigJson, kNLayers, kNHeads,       kNKvHeads,    kHeadDim,
+    kVHeadDim, kAttentionScale, kQkNorm,     kDtype,   kLogitSoftcap, kWeightsHash, kSlidingWindow};
 
 // Attributes of /model/rope.
 inline constexpr const char* kStyle = "style";

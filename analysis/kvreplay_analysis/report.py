@@ -15,7 +15,7 @@ from markupsafe import Markup
 from . import figures
 from .errors import Absent, UsageError
 from .results import GROUPS
-from .style import COMPENSATOR_TITLES, looks, plt, shown_name, to_bytes
+from .style import compensator_title, looks, plt, shown_name, to_bytes
 from .tables import configurations, not_pinned
 
 PAGE = Path(__file__).parent / "page"
@@ -117,11 +117,12 @@ def page(results, chosen=None, files=None):
                                                                                   for m in methods},
         open_loop=results.run.get("open_loop") or OPEN_LOOP, figures=listing, files=files or {},
         scopes=[{"title": title, "tables": _tables(scope)} for title, scope in chosen],
-        compensators=results.compensators, compensator_titles=COMPENSATOR_TITLES, first=meta["scopes"][0],
+        compensators=results.compensators, compensator_title=compensator_title, first=meta["scopes"][0],
         not_pinned=not_pinned(results), traces=_traces(results),
         css=(PAGE / "report.css").read_text(encoding="utf-8"), js=(PAGE / "report.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs().replace("</script", "<\\/script"), meta=_json(meta),
-        blobs=_blobs(chosen))
+        blobs=_blobs(chosen), failed=[as_text(f) for f in results.run.get("failed") or []],
+        state_pairs=_state_pairs(results))
 
 
 def _json(value):
@@ -157,6 +158,17 @@ def _one(module, scope, budget, n_points):
 def _packed(value):
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+
+
+def _state_pairs(results):
+    """[(trace, head_dim, key-value pairs that weigh as much as a first-order state in float32)]."""
+    n_bytes = {"float16": 2, "bfloat16": 2, "float32": 4, "f16": 2, "bf16": 2, "f32": 4}
+    out = []
+    for trace in results.run.get("traces", []):
+        head_dim, element = trace.get("head_dim"), n_bytes.get(trace.get("element"))
+        if isinstance(head_dim, int) and element:
+            out.append((trace.get("stem"), head_dim, 2 * (head_dim + 2) // element))
+    return out
 
 
 def _tables(scope):

@@ -70,9 +70,14 @@ class Results:
     @property
     def compensators(self):
         """Compensators measured in this run, in order of their sophistication, then of the run."""
-        seen = dict.fromkeys(c for text in self.cells["compensators"] for c in text.split(",") if c)
+        seen = list(dict.fromkeys(c for text in self.cells["compensators"].unique() for c in parts(text)))
         known = ["none", "mean", "moments", "gaussian"]
-        return sorted(seen, key=lambda c: (known.index(c) if c in known else len(known), list(seen).index(c)))
+
+        def order(c):
+            name = c.split(":")[0]
+            return known.index(name) if name in known else len(known), seen.index(c)
+
+        return sorted(seen, key=order)
 
     def only(self, trace=None, layer=None, budget=None, label=None, group=None):
         """The same run with fewer cells. Methods without a budget stay whatever budget is asked for."""
@@ -132,7 +137,7 @@ class Results:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
     def _arrays(self, kind, metric, compensator):
-        name = f"{metric}.{compensator}" if compensator else metric
+        name = (f"{metric}.{compensator}" if compensator else metric).replace("/", "|")
         arrays = self._cache.setdefault((kind, name), {})
         missing = [c for c in self.cells.index if c not in arrays]
         if missing:
@@ -160,6 +165,17 @@ def load(folder):
     run = _read_run(folder / "run.json")
     cells, block_steps = _read_cells(folder / "results.h5")
     return Results(folder, run, _read_summary(folder / "summary.csv"), cells, block_steps)
+
+
+def parts(text):
+    """A comma list of parts; a piece with '=' and no ':' continues the element before it (a:x=1,y=2,b is a and b)."""
+    out = []
+    for piece in text.split(",") if text else []:
+        if out and "=" in piece and ":" not in piece.split("=")[0]:
+            out[-1] += "," + piece
+        else:
+            out.append(piece)
+    return out
 
 
 def _first_line(error):

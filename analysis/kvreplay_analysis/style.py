@@ -109,9 +109,20 @@ def looks(results):
     return out
 
 
-def compensator_look(name):
-    key = zlib.crc32(name.encode())
-    return COMPENSATORS.get(name, (_SPARE_COLOURS[key % len(_SPARE_COLOURS)], _SPARE_MARKERS[key % 11]))
+def compensator_look(text):
+    """(colour, marker) of a compensator: the colour of its kind; a variant has a marker of its own."""
+    name = text.split(":")[0]
+    key = zlib.crc32(text.encode())
+    colour, marker = COMPENSATORS.get(name, (_SPARE_COLOURS[key % len(_SPARE_COLOURS)], "o"))
+    return colour, marker if text == name else _SPARE_MARKERS[3 + key % (len(_SPARE_MARKERS) - 3)]
+
+
+def plotly_marker(marker):
+    return _PLOTLY_MARKER[marker]
+
+
+def compensator_title(text):
+    return COMPENSATOR_TITLES.get(text, text)
 
 
 def shown_name(label, foresight):
@@ -126,7 +137,7 @@ RC = {
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
     "xtick.minor.size": 1.5, "ytick.minor.size": 1.5, "legend.frameon": False, "pdf.fonttype": 42, "ps.fonttype": 42,
     "svg.hashsalt": "kvreplay", "svg.fonttype": "path", "savefig.dpi": 200, "figure.dpi": 100,
-    "savefig.bbox": "tight", "savefig.pad_inches": 0.03, "axes.formatter.use_mathtext": False,
+    "axes.formatter.use_mathtext": False,
     "axes.titleweight": "bold", "axes.titlelocation": "left",
 }
 
@@ -149,6 +160,9 @@ def to_bytes(figure, format):
                 "svg": {"Date": None, "Creator": "kvreplay"}, "png": {"Software": "kvreplay"}}[format]
     out = io.BytesIO()
     with plt.rc_context(RC):
+        if figure.get_layout_engine():
+            figure.draw_without_rendering()
+            figure.set_layout_engine(None)  # the layout is found: no format needs to search for it again
         figure.savefig(out, format=format, metadata=metadata)
     return out.getvalue()
 

@@ -21,24 +21,19 @@ class Gaussian final : public Compensator {
   };
   static constexpr std::string_view kVariances[] = {"diagonal", "full"};
   static constexpr std::string_view kName = "gaussian";
-  static constexpr std::string_view kSummary =
-      "moments with second-order mass, frozen and clipped where it runs away";
+  static constexpr std::string_view kSummary = "moments with second-order mass, frozen and clipped where it runs away";
   static constexpr std::string_view kPaper =
       "second-order mass: COBS, arXiv:2607.09052; freezing and balls: TiltKV "
       "(github.com/TahirSher/KV-Project)";
   static constexpr std::string_view kDeviation =
       "Our combination: one Gaussian for all evicted tokens of a lane. COBS uses low-rank "
-      "covariances per block to "
-      "select, TiltKV several chunks; radii are bounds kept while tokens leave, not exact maxima.";
+      "covariances per block to select, TiltKV several chunks; radii are bounds kept while tokens "
+      "leave, not exact maxima.";
   static constexpr std::array kParams = {
-      choice<&Config::variance>("variance", kVariances,
-                                "of the evicted logits: from key variances or covariance"),
-      flag<&Config::freeze>(
-          "freeze", "beyond a spread of sqrt(2 ln n) the mass grows linearly and the tilt stops"),
-      flag<&Config::clip>(
-          "clip", "never beyond what the distance of keys and values from their means allows"),
-      number<&Config::strength>("strength", 0, 2,
-                                "factor on the second-order term; 0 leaves first order's mass"),
+      choice<&Config::variance>("variance", kVariances, "of the evicted logits: from key variances or covariance"),
+      flag<&Config::freeze>("freeze", "beyond a spread of sqrt(2 ln n) the mass grows linearly and the tilt stops"),
+      flag<&Config::clip>("clip", "never beyond what the distance of keys and values from their means allows"),
+      number<&Config::strength>("strength", 0, 2, "factor on the second-order term; 0 leaves first order's mass"),
   };
 
   Gaussian(const Config& config, const SetShape& shape) : config_(config) {
@@ -53,8 +48,7 @@ class Gaussian final : public Compensator {
   }
   void estimate(const EvictedBlock& block, Estimate& out) override {
     const MomentRows& m = block.moments;
-    const Eigen::ArrayXd& variance =
-        config_.variance == Variance::full ? m.variance_full : m.variance_diagonal;
+    const Eigen::ArrayXd& variance = config_.variance == Variance::full ? m.variance_full : m.variance_diagonal;
     out.log_mass.resize(m.n.size());
     out.value.resize(m.v_mean.rows(), m.v_mean.cols());
     for (Eigen::Index r = 0; r < m.n.size(); ++r) {
@@ -66,8 +60,7 @@ class Gaussian final : public Compensator {
       const double log_n = std::log(m.n[r]);
       double excess = variance[r] / 2;  // ln mean exp(centred logit)
       double tilt = 1;
-      if (config_.freeze &&
-          variance[r] > 2 * log_n) {  // the largest of n Gaussians lies at sqrt(2 ln n)
+      if (config_.freeze && variance[r] > 2 * log_n) {  // the largest of n Gaussians lies at sqrt(2 ln n)
         const double spread = std::sqrt(variance[r]), limit = std::sqrt(2 * log_n);
         excess = spread * limit - log_n;
         tilt = limit / spread;

@@ -33,8 +33,7 @@ class RawSums {
     }
   }
   // q: (heads, head_dim) of one step.
-  void estimate(const Eigen::Ref<const MatF>& q, Eigen::Ref<Eigen::ArrayXd> log_mass,
-                Eigen::Ref<MatD> value) const {
+  void estimate(const Eigen::Ref<const MatF>& q, Eigen::Ref<Eigen::ArrayXd> log_mass, Eigen::Ref<MatD> value) const {
     if (n_ == 0) {
       log_mass.setConstant(-std::numeric_limits<double>::infinity());
       value.setZero();
@@ -65,31 +64,26 @@ class FirstOrder final : public Compensator {
   };
   static constexpr std::string_view kStates[] = {"float32", "raw_fp16", "raw_bf16"};
   static constexpr std::string_view kName = "moments";
-  static constexpr std::string_view kSummary =
-      "first-order evicted output v_mean + C q, mass n exp(q . mean key)";
-  static constexpr std::string_view kPaper = "Li et al., MomentKV, arXiv:2606.01563";
+  static constexpr std::string_view kSummary = "first-order evicted output v_mean + C q, mass n exp(q . mean key)";
+  static constexpr std::string_view kPaper = "arXiv:2606.01563";
   static constexpr std::string_view kDeviation =
       "The state is centred and float32. The paper keeps raw sums in the cache's 16-bit type and "
-      "recovers the scatter "
-      "as a difference, which loses it when keys have a large mean; state=raw_fp16 and raw_bf16 do "
-      "that, with the "
-      "paper's clamp of 1e-6. Keys are taken as they enter attention; the paper does not say.";
+      "recovers the scatter as a difference, which loses it when keys have a large mean; "
+      "state=raw_fp16 and raw_bf16 do that, with the paper's clamp of 1e-6. Keys are taken as "
+      "they enter attention; the paper does not say.";
   static constexpr std::array kParams = {
-      choice<&Config::state>("state", kStates,
-                             "float32: centred; raw_fp16, raw_bf16: the paper's raw sums"),
-      flag<&Config::round_count>("round_count",
-                                 "with a raw state, count in 16 bit too (bf16 stops at 256)"),
+      choice<&Config::state>("state", kStates, "float32: centred; raw_fp16, raw_bf16: the paper's raw sums"),
+      flag<&Config::round_count>("round_count", "with a raw state, count in 16 bit too (bf16 stops at 256)"),
   };
   static void check(const Config& config, int /*budget*/) {
     if (config.round_count && config.state == State::float32) {
-      throw ConfigError(
-          "moments: round_count=1 needs state=raw_fp16 or raw_bf16, but state is float32");
+      throw ConfigError("moments: round_count=1 needs state=raw_fp16 or raw_bf16, but state is float32");
     }
   }
 
   FirstOrder(const Config& config, const SetShape& shape) : config_(config) {
-    const double numbers = static_cast<double>(shape.head_dim) * shape.v_head_dim + shape.head_dim +
-                           shape.v_head_dim + 1;
+    const double numbers =
+        static_cast<double>(shape.head_dim) * shape.v_head_dim + shape.head_dim + shape.v_head_dim + 1;
     state_bytes_ = numbers * (config.state == State::float32 ? 4 : 2);
     if (config.state == State::raw_fp16) {
       fp16_.emplace(shape.head_dim, shape.v_head_dim, config.round_count);
@@ -106,8 +100,7 @@ class FirstOrder final : public Compensator {
       walk(*bf16_, block, out);
     } else {
       const MomentRows& m = block.moments;
-      out.log_mass = (m.n > 0).select(m.n.max(1).log() + m.mean_logit,
-                                      -std::numeric_limits<double>::infinity());
+      out.log_mass = (m.n > 0).select(m.n.max(1).log() + m.mean_logit, -std::numeric_limits<double>::infinity());
       out.value = m.v_mean + m.tilt;
     }
   }
@@ -124,8 +117,10 @@ class FirstOrder final : public Compensator {
       for (; joined < block.losses.size() && block.losses[joined].step <= r / heads; ++joined) {
         sums.add(block.losses[joined]);
       }
-      sums.estimate(block.q.middleRows(r, heads), out.log_mass.segment(r, heads),
-                    out.value.middleRows(r, heads));
+      sums.estimate(block.q.middleRows(r, heads), out.log_mass.segment(r, heads), out.value.middleRows(r, heads));
+    }
+    for (; joined < block.losses.size(); ++joined) {  // only the next block misses these
+      sums.add(block.losses[joined]);
     }
   }
 

@@ -89,7 +89,9 @@ class Quest final : public Reader {
       const auto page_of = [&](int slot) {
         return view.pos[static_cast<std::size_t>(slot)] / page;
       };
-      if (view.now == now) { return; }  // another head of the same step
+      if (view.now == now) {
+        return;
+      }  // another head of the same step
       now = view.now;
       const Eigen::Index rows = page_of(n - 1) + 1, old = low.rows();
       if (rows > old) {
@@ -106,6 +108,15 @@ class Quest final : public Reader {
         high.row(page_of(i)) = high.row(page_of(i)).cwiseMax(k);
       }
       newest = view.pos.back();
+      for (Pos p : view.rewritten) {  // an encoded key may lie outside
+        const auto it = std::lower_bound(view.pos.begin(), view.pos.end(), p);
+        if (it == view.pos.end() || *it != p) {
+          continue;
+        }
+        const auto k = view.key(lane, static_cast<int>(it - view.pos.begin())).transpose();
+        low.row(p / page) = low.row(p / page).cwiseMin(k);
+        high.row(p / page) = high.row(p / page).cwiseMax(k);
+      }
       resident.clear();
       for (int i = 0; i < n; ++i) {
         if (i == 0 || page_of(i) != resident.back().page) {

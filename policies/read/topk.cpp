@@ -66,19 +66,16 @@ class TopK final : public Reader {
       view.attention(attn_);
       return;
     }
-    MatF q = view.queries(lane, 1);
     if (head >= 0) {
-      q = MatF(q.row(head));
+      view.head_attention(lane, head, attn_);
+      return;
     }
-    MatD attn(q.rows(), n);
-    for (Eigen::Index i = 0; i < n; ++i) {
-      attn.col(i) = (q * view.key(lane, static_cast<int>(i))).cast<double>();
+    MatF attn(view.n_heads, n);  // a lane of a layer-wide set
+    for (int h = 0; h < view.n_heads; ++h) {
+      view.head_attention(lane, h, {attn.row(h).data(), attn_.size()});
     }
-    for (Eigen::Index r = 0; r < attn.rows(); ++r) {
-      attn.row(r) = (attn.row(r).array() - attn.row(r).maxCoeff()).exp();
-      attn.row(r) /= attn.row(r).sum();
-    }
-    Eigen::RowVectorXf::Map(attn_.data(), n) = reduce_heads(view.group, attn).cast<float>();
+    Eigen::RowVectorXf::Map(attn_.data(), n) =
+        reduce_heads(view.group, attn.cast<double>()).cast<float>();
   }
 
   Per per_;

@@ -23,7 +23,15 @@ class KeyDiff final : public Selector {
   }
 
   void prefill(const View& view) override { meet(view); }
-  void observe(const View& view) override { meet(view); }
+  void observe(const View& view) override {
+    if (!view.rewritten.empty()) {  // some keys are not what the sums hold
+      for (Lane& lane : lanes_) {
+        lane.sum.setZero();
+      }
+      newest_ = -1;
+    }
+    meet(view);
+  }
 
   void score(const View& view, std::span<float> out) override {
     meet(view);

@@ -16,6 +16,12 @@ class Knorm final : public Selector {
   Knorm(const Config&, const SetShape& shape)
       : norm_(static_cast<std::size_t>(shape.n_tokens), -1.0F) {}
 
+  void observe(const View& view) override {
+    for (Pos p : view.rewritten) {
+      norm_[static_cast<std::size_t>(p)] = -1;
+    }
+  }
+
   void score(const View& view, std::span<float> out) override {
     for (std::size_t i = 0; i < out.size(); ++i) {
       float& norm = norm_[static_cast<std::size_t>(view.pos[i])];

@@ -7,8 +7,10 @@
 
 #include "policies/errors.hpp"
 #include "sim/cli/exit.hpp"
+#include "sim/cli/policies_command.hpp"
 #include "sim/cli/report_command.hpp"
 #include "sim/cli/run_command.hpp"
+#include "sim/cli/trace_commands.hpp"
 #include "sim/version.hpp"
 #include "traces/errors.hpp"
 
@@ -36,7 +38,9 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   app.fallthrough(false);
   add_run_command(app);
+  add_policies_command(app);
   add_report_command(app);
+  add_trace_commands(app);
   try {
     app.parse(argc, argv);
     return kDone;

@@ -96,18 +96,14 @@ void add_report_command(CLI::App& app) {
   auto name = std::make_shared<std::string>();
   auto from = std::make_shared<std::string>();
   auto figure_options = std::make_shared<Forwarded>(figure);
-  figure
-      ->add_option("NAME", *name,
-                   "error_resident, correction, mismatch, mass_error, heads or decode")
-      ->required();
+  figure->add_option("NAME", *name, "error_resident, correction, mismatch, mass_error, heads or decode")->required();
   figure->add_option("DIR", *from, "Results folder that `kvreplay run --out` wrote")->required();
   figure_options->add("--format", "pdf, svg or png (default: by the ending of --out, else pdf)", "FORMAT");
   figure_options->add("--style", "Width: single or double column (default double)", "STYLE");
   figure_options->add("--out", "File to write (default NAME.FORMAT in the current folder)", "FILE");
-  figure_options->add("--trace", "Only these traces, separated by commas (default: all of the first model)", "NAMES");
+  figure_options->add("--trace", "Only these traces, separated by commas (default: what the report opens on)", "NAMES");
   figure_options->add("--budget", "Budget as it was asked (default: the one most methods share)", "BUDGET");
-  figure_options->add("--method", "Only this method as it was typed; may be given several times", "LABEL")
-      ->take_all();
+  figure_options->add("--method", "Only this method as it was typed; may be given several times", "LABEL")->take_all();
   figure->callback([name, from, figure_options] {
     std::vector<std::string> arguments{"figure", *name, *from};
     figure_options->append_to(arguments);

@@ -19,3 +19,11 @@ def results(folder):
     import kvreplay_analysis
 
     return kvreplay_analysis.load(folder)
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    from kvreplay_analysis.style import plt
+
+    plt.close("all")

@@ -77,7 +77,7 @@ def write(folder, plan=None):
         "started_utc": "2026-01-01T00:00:00Z",
         "traces": [{"path": f"{t}.h5", "stem": t, "name": m, "content_hash": "f" * 16, "model_name": m,
                     "architecture": "llama", "provenance": "made up by the tests", "n_tokens": p + s, "prompt_len": p,
-                    "element": "float16", "layers": plan.layers,
+                    "element": "float16", "head_dim": 64, "layers": plan.layers,
                     "layers_skipped": [{"layer": 12, "reason": "sliding window 256 is shorter than the trace"}]}
                    for t, m, p, s in plan.traces],
         "methods": [{"label": a, "method": m, "group": g, "foresight": f, "paper": "2306.14048", "deviation": ""}

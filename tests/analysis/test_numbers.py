@@ -141,11 +141,30 @@ def test_drawn_lines_hold_the_data(results):
         assert tuple(np.round(line.sort_values("tokens")["error_output"], 12)) in drawn
 
 
-def test_same_figure_same_bytes(results):
-    from kvreplay_analysis.style import to_bytes
+def test_same_figure_same_bytes(tmp_path):
+    import fake_results
 
+    from kvreplay_analysis import load
+    from kvreplay_analysis.style import plt, to_bytes
+
+    results = load(fake_results.write(tmp_path / "r", fake_results.Plan(
+        methods=fake_results.Plan().methods[3:5], budgets=[32, 64], layers=[0, 1], n_heads=2, n_kv_heads=1)))
     for module in figures.ALL.values():
         for format in ("pdf", "svg"):
             first, second = (to_bytes(module.draw(results), format) for _ in range(2))
+            plt.close("all")
             assert first == second, (module.NAME, format)
-            assert b"Date" not in first or format == "svg" and b"<dc:date>" not in first
+            assert b"CreationDate" not in first and b"<dc:date>" not in first
+
+
+def test_compensators_with_parameters(tmp_path):
+    import fake_results
+
+    from kvreplay_analysis import load
+
+    asked = ["moments", "gaussian:cov=full,clip=0", "moments:state=f16"]
+    results = load(fake_results.write(tmp_path / "r", fake_results.Plan(
+        methods=fake_results.Plan().methods[3:4], budgets=[32], layers=[0], compensators=asked)))
+    assert results.compensators == ["moments", "moments:state=f16", "gaussian:cov=full,clip=0"]
+    assert set(figures.correction.data(results)["by_layer"]["compensator"]) == set(asked)
+    figures.correction.draw(results)

@@ -46,8 +46,20 @@ double exact_flop(const Layer& layer) {
   return flop;
 }
 
+// Every metric of every step: all but those at checkpoints, whose cost does not grow with the
+// number of steps.
+std::string step_metrics() {
+  std::string list;
+  for (const MetricInfo& metric : all_metrics()) {
+    if (!metric.at_checkpoints) {
+      list += (list.empty() ? "" : ",") + std::string(metric.name);
+    }
+  }
+  return list;
+}
+
 struct Case {
-  std::string name, metrics = "all";
+  std::string name, metrics = "all";  // "all", "steps" or a list
   std::vector<std::string> methods;
   std::vector<std::string> compensators = {};
   int threads = 1;
@@ -76,7 +88,7 @@ json measure(const Layer& layer, const Case& c, int budget, int repeat) {
     jobs.push_back({.method = &methods.emplace_back(parse_method(text)), .budget = budget});
   }
   ReplayOptions options;
-  options.metrics = MetricSet::parse(c.metrics);
+  options.metrics = MetricSet::parse(c.metrics == "steps" ? step_metrics() : c.metrics);
   options.threads = c.threads;
   for (const std::string& name : c.compensators) {
     options.compensators.push_back(
@@ -125,7 +137,7 @@ void measure_engine(const Layer& layer, int budget, int repeat,
   say({{"case", "product"},
        {"rate", product_rate(256, 128, 8192)},
        {"exact_flop", exact_flop(layer)}});
-  for (const std::string metrics : {"all", "error,evicted_mass"}) {
+  for (const std::string metrics : {"all", "steps", "error,evicted_mass"}) {
     const auto run = [&](const std::string& name, std::vector<std::string> methods,
                          std::vector<std::string> compensators = {}) {
       say(measure(layer, {name, metrics, std::move(methods), std::move(compensators)}, budget,

@@ -34,8 +34,7 @@ struct Exact {
 void check_close(const Moments& m, const Exact& e, double tolerance) {
   CHECK(m.n == e.n);
   CHECK((m.k_mean.transpose().cast<double>() - e.k_mean).norm() <= tolerance * e.k_mean.norm());
-  CHECK((m.v_mean.transpose().cast<double>() - e.v_mean).norm() <=
-        tolerance * (1 + e.v_mean.norm()));
+  CHECK((m.v_mean.transpose().cast<double>() - e.v_mean).norm() <= tolerance * (1 + e.v_mean.norm()));
   CHECK((m.scatter.cast<double>() - e.scatter).norm() <= tolerance * e.scatter.norm());
 }
 
@@ -46,8 +45,7 @@ TEST_CASE("moments added one by one, in two passes or merged are those of float6
     int head_dim, v_head_dim, n;
     float key_mean;
   };
-  const auto c =
-      GENERATE(Case{8, 8, 1, 0}, Case{8, 4, 2, 3}, Case{16, 24, 100, -2}, Case{32, 16, 2000, 50});
+  const auto c = GENERATE(Case{8, 8, 1, 0}, Case{8, 4, 2, 3}, Case{16, 24, 100, -2}, Case{32, 16, 2000, 50});
   std::mt19937 gen(7);
   const MatF k = random(c.n, c.head_dim, c.key_mean, 1, gen);
   const MatF v = random(c.n, c.v_head_dim, 0.5F, 1, gen);
@@ -96,9 +94,9 @@ struct Scenario {
 };
 
 std::ostream& operator<<(std::ostream& out, const Scenario& s) {
-  return out << "head_dim " << s.head_dim << '/' << s.v_head_dim << ", heads " << s.n_heads
-             << ", key mean " << s.key_mean << ", first " << s.first << ", burst " << s.burst
-             << ", every " << s.every << ", outlier " << s.outlier;
+  return out << "head_dim " << s.head_dim << '/' << s.v_head_dim << ", heads " << s.n_heads << ", key mean "
+             << s.key_mean << ", first " << s.first << ", burst " << s.burst << ", every " << s.every << ", outlier "
+             << s.outlier;
 }
 
 struct Lost {
@@ -109,8 +107,7 @@ struct Lost {
     std::mt19937 gen(11);
     q = random(s.steps * s.n_heads, s.head_dim, 0, 0.3F, gen);
     for (int t = 0; t < s.steps; ++t) {
-      const int n =
-          (t == 0 ? s.first : 0) + (t == 40 ? s.burst : 0) + (t % s.every == 0 && t > 2 ? 1 : 0);
+      const int n = (t == 0 ? s.first : 0) + (t == 40 ? s.burst : 0) + (t % s.every == 0 && t > 2 ? 1 : 0);
       step.insert(step.end(), static_cast<std::size_t>(n), t);
     }
     const int n = static_cast<int>(step.size());
@@ -127,13 +124,13 @@ struct Lost {
 
 constexpr MomentNeeds kAll{true, true, true, true};
 
-// The whole run in blocks of `size` steps, rows stacked.
-MomentRows in_blocks(const Scenario& s, const Lost& lost, int size) {
+// The whole run in blocks of `size` steps, rows stacked. ahead: a block also brings what its last step evicts after
+// attention, which only the next block misses.
+MomentRows in_blocks(const Scenario& s, const Lost& lost, int size, bool ahead = false) {
   MomentTrack track(s.head_dim, s.v_head_dim, kAll);
   const Eigen::Index rows = lost.q.rows();
   MomentRows all;
-  for (auto* x : {&all.n, &all.mean_logit, &all.variance_diagonal, &all.variance_full,
-                  &all.radius_k, &all.radius_v}) {
+  for (auto* x : {&all.n, &all.mean_logit, &all.variance_diagonal, &all.variance_full, &all.radius_k, &all.radius_v}) {
     x->resize(rows);
   }
   all.v_mean.resize(rows, s.v_head_dim);
@@ -142,7 +139,7 @@ MomentRows in_blocks(const Scenario& s, const Lost& lost, int size) {
   for (int begin = 0; begin < s.steps; begin += size) {
     const int steps = std::min(size, s.steps - begin);
     std::vector<Loss> losses;
-    for (; taken < lost.step.size() && lost.step[taken] < begin + steps; ++taken) {
+    for (; taken < lost.step.size() && lost.step[taken] < begin + steps + (ahead ? 1 : 0); ++taken) {
       const auto i = static_cast<Eigen::Index>(taken);
       losses.push_back({lost.step[taken] - begin, lost.k.row(i).data(), lost.v.row(i).data()});
     }
@@ -163,19 +160,17 @@ MomentRows in_blocks(const Scenario& s, const Lost& lost, int size) {
 }  // namespace
 
 TEST_CASE("every row sees the float64 moments of what was lost up to its own step") {
-  const auto s = GENERATE(
-      Scenario{}, Scenario{.n_heads = 4, .first = 1}, Scenario{.key_mean = 50, .first = 300},
-      Scenario{.head_dim = 24, .v_head_dim = 10, .n_heads = 3, .first = 17, .every = 5},
-      Scenario{.head_dim = 10, .v_head_dim = 24, .key_mean = 50, .burst = 700},
-      Scenario{.head_dim = 128, .v_head_dim = 128, .n_heads = 2, .key_mean = 50, .first = 3000},
-      Scenario{.key_mean = 2, .first = 1, .outlier = 30}, Scenario{.steps = 5, .every = 100});
+  const auto s = GENERATE(Scenario{}, Scenario{.n_heads = 4, .first = 1}, Scenario{.key_mean = 50, .first = 300},
+                          Scenario{.head_dim = 24, .v_head_dim = 10, .n_heads = 3, .first = 17, .every = 5},
+                          Scenario{.head_dim = 10, .v_head_dim = 24, .key_mean = 50, .burst = 700},
+                          Scenario{.head_dim = 128, .v_head_dim = 128, .n_heads = 2, .key_mean = 50, .first = 3000},
+                          Scenario{.key_mean = 2, .first = 1, .outlier = 30}, Scenario{.steps = 5, .every = 100});
   CAPTURE(s);
   const Lost lost(s);
   const MomentRows rows = in_blocks(s, lost, 64);
   for (Eigen::Index r = 0; r < lost.q.rows(); r += (s.head_dim > 100 ? 7 : 1)) {
     const auto n =
-        std::upper_bound(lost.step.begin(), lost.step.end(), static_cast<int>(r) / s.n_heads) -
-        lost.step.begin();
+        std::upper_bound(lost.step.begin(), lost.step.end(), static_cast<int>(r) / s.n_heads) - lost.step.begin();
     CAPTURE(r, n);
     REQUIRE(rows.n[r] == n);
     if (n == 0) {
@@ -188,8 +183,7 @@ TEST_CASE("every row sees the float64 moments of what was lost up to its own ste
     }
     const Exact e(lost.k.topRows(n), lost.v.topRows(n));
     const Eigen::VectorXd q = lost.q.row(r).transpose().cast<double>();
-    const double diagonal =
-        (e.k.colwise().squaredNorm().transpose().array() * q.array().square()).sum() / e.n;
+    const double diagonal = (e.k.colwise().squaredNorm().transpose().array() * q.array().square()).sum() / e.n;
     const double full = (e.k * q).squaredNorm() / e.n;
     const Eigen::RowVectorXd tilt = (e.scatter * q).transpose() / e.n;
     // What rounding can do to the tilt is relative to its largest possible size.
@@ -209,25 +203,23 @@ TEST_CASE("every row sees the float64 moments of what was lost up to its own ste
 }
 
 TEST_CASE("how the steps are cut into blocks does not matter") {
-  const auto s =
-      GENERATE(Scenario{.n_heads = 2, .key_mean = 2, .first = 1},
-               Scenario{.key_mean = 50, .first = 500, .burst = 300}, Scenario{.every = 9});
+  const auto s = GENERATE(Scenario{.n_heads = 2, .key_mean = 2, .first = 1},
+                          Scenario{.key_mean = 50, .first = 500, .burst = 300}, Scenario{.every = 9});
   CAPTURE(s);
   const Lost lost(s);
   const MomentRows whole = in_blocks(s, lost, 64);
+  const bool ahead = GENERATE(false, true);
   for (const int size : {1, 7, 33}) {
-    CAPTURE(size);
-    const MomentRows cut = in_blocks(s, lost, size);
+    CAPTURE(size, ahead);
+    const MomentRows cut = in_blocks(s, lost, size, ahead);
     const double tilt = whole.tilt.rowwise().norm().maxCoeff();
     CHECK((cut.n == whole.n).all());
-    CHECK((cut.mean_logit - whole.mean_logit).abs().maxCoeff() <=
-          1e-6 * whole.mean_logit.abs().maxCoeff());
+    CHECK((cut.mean_logit - whole.mean_logit).abs().maxCoeff() <= 1e-6 * whole.mean_logit.abs().maxCoeff());
     CHECK((cut.v_mean - whole.v_mean).cwiseAbs().maxCoeff() <= 1e-6);
     CHECK((cut.tilt - whole.tilt).cwiseAbs().maxCoeff() <= 2e-6 * tilt);
     CHECK((cut.variance_diagonal - whole.variance_diagonal).abs().maxCoeff() <=
           2e-6 * whole.variance_diagonal.maxCoeff());
-    CHECK((cut.variance_full - whole.variance_full).abs().maxCoeff() <=
-          4e-6 * whole.variance_full.maxCoeff());
+    CHECK((cut.variance_full - whole.variance_full).abs().maxCoeff() <= 4e-6 * whole.variance_full.maxCoeff());
     CHECK((cut.radius_k - whole.radius_k).abs().maxCoeff() <= 1e-6 * whole.radius_k.maxCoeff());
     CHECK((cut.radius_v - whole.radius_v).abs().maxCoeff() <= 1e-6 * whole.radius_v.maxCoeff());
   }

@@ -1,4 +1,4 @@
-"""Every header of ours compiles on its own, included twice, with exactly the flags of the folder it lives in.
+"""Every header of the product compiles on its own, included twice, with exactly the flags of the folder it lives in.
 
 headers_alone.py BUILD_DIR takes compiler and flags from BUILD_DIR/compile_commands.json, so a header that needs a
 library its folder does not link to fails here as it would fail its users.
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("policies", "traces", "sim", "analysis", "trace_capture", "tests")
+FOLDERS = ("policies", "traces", "sim", "analysis", "trace_capture")
 
 
 def syntax_check(command):

@@ -5,7 +5,8 @@ import pandas as pd
 
 from .. import bootstrap
 from ..errors import Absent
-from ..style import COMPENSATOR_TITLES, WIDTHS, compensator_look, paper, plain_log, plt, shown_name
+from ..style import (WIDTHS, compensator_look, compensator_title, paper, plain_log, plotly_marker, plt,
+                     shown_name)
 from .common import about, at_budget, configurations, log_axis, require, rounded, shown_first, thin
 
 NAME = "correction"
@@ -85,7 +86,7 @@ def draw(results, budget=None, style="double", frames=None):
                        markeredgewidth=0, color=colour, zorder=2)
             share = by_layer[(by_layer["label"] == label) & (by_layer["compensator"] == c)].sort_values("layer")
             removed = share["removed"].clip(lower=floor)
-            line, = below.plot(share["layer"], removed, color=colour, marker=marker, label=COMPENSATOR_TITLES.get(c, c))
+            line, = below.plot(share["layer"], removed, color=colour, marker=marker, label=compensator_title(c))
             below.fill_between(share["layer"], share["low"].clip(lower=floor), share["high"].clip(lower=floor),
                                color=colour, alpha=0.18, linewidth=0)
             if column == 0:
@@ -119,11 +120,11 @@ def interactive(results, frames):
         traces = [{"type": "scatter", "mode": "lines", "x": ends, "y": ends, "line": {"width": 1, "color": "#8a8a8a"},
                    "showlegend": False, "hoverinfo": "skip"}]
         for c in dict.fromkeys(points["compensator"]):
-            colour, _ = compensator_look(c)
-            symbol = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}.get(compensator_look(c)[1], "x")
+            colour, marker = compensator_look(c)
+            symbol = plotly_marker(marker)
             at = points[points["compensator"] == c]
             line = share[share["compensator"] == c].sort_values("layer")
-            name = COMPENSATOR_TITLES.get(c, c)
+            name = compensator_title(c)
             traces.append({
                 "type": "scattergl" if len(at) > 4000 else "scatter", "mode": "markers", "name": name,
                 "legendgroup": c, "showlegend": False, "x": rounded(at["error"], 4),
@@ -159,7 +160,7 @@ def note(results, frames):
     parts = []
     asked = list(results.compensators)
     for c, order in (("moments", "first-order"), ("gaussian", "second-order")):
-        if c not in set(frames["points"]["compensator"]):
+        if c not in {name.split(":")[0] for name in frames["points"]["compensator"]}:
             parts.append(f"The {order} correction ({c}) was not measured in this run"
                          + (f" (measured: {', '.join(asked)})." if asked else "."))
     if (frames["by_layer"]["removed"] < -1).any():
