@@ -314,8 +314,9 @@ TEST_CASE("readers attend what the reference chooses, and everything else is evi
         continue;
       }
       MetricsRequest metrics;
-      metrics.attends = [&](int q_head, int step, Pos pos) {
-        return c.choose(q_head, o.prompt_len + step, budget)[static_cast<std::size_t>(pos)];
+      metrics.attends = [&](int q_head, int step, Pos pos) -> bool {
+        const std::vector<bool> chosen = c.choose(q_head, o.prompt_len + step, budget);
+        return chosen[static_cast<std::size_t>(pos)];
       };
       const NamedSeries found = engine_series(cell);
       for (const std::string& difference : differences(reference_metrics(toy, metrics), found)) {
@@ -396,6 +397,35 @@ TEST_CASE("an allocator moves budgets between heads, and each head selects withi
     }
     CHECK(total == 12 * recorded.rows());
     CHECK(check_selection(toy, selection, recorded).excess <= kScoreTolerance);
+  }
+}
+
+TEST_CASE("one selector cuts the prompt, a second owns the decode tokens") {
+  const ToyOptions o = options(3, 30, Element::f32);
+  const ToyLayer toy = make_toy_layer(o);
+  const Layer layer = engine_layer(toy);
+  const Method method = parse_method("h2o:budget=10/momentum:alpha=0.9,scope=kv_head");
+  Job job;
+  job.method = &method;
+  job.budget = 7;
+  const LayerResult result = replay(layer, std::span(&job, 1), {});
+  const CellResult& cell = result.cells[0];
+  REQUIRE(cell.error == "");
+  SelectionRequest selection;
+  selection.select = reference_momentum(0.9);
+  selection.traits = traits(Scope::kv_head, Pool::decode);
+  selection.budget = 7;
+  selection.prefill_select = reference_h2o();
+  selection.prefill_budget = 10;
+  const Evicted recorded = recorded_evictions(cell);
+  CHECK(check_selection(toy, selection, recorded).excess <= kScoreTolerance);
+  const SelectionResult own = reference_selection(toy, selection);
+  REQUIRE(own.margin > 1e-4);
+  CHECK(own.evicted_at == recorded);
+  MetricsRequest metrics;
+  metrics.attends = attends_from(toy, Scope::kv_head, recorded);
+  for (const std::string& d : differences(reference_metrics(toy, metrics), engine_series(cell))) {
+    FAIL_CHECK(d);
   }
 }
 

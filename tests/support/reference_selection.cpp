@@ -224,7 +224,8 @@ class ResidualSelector : public ReferenceSelector {
       if (e.n > 0) {
         residual -= s.layer->scale * (e.scatter * k.row(pos).transpose()) / e.n;
       }
-      out.push_back(attention[pos] * residual.norm());
+      const bool by_residual = set_.re_rank || !s.at_prefill();
+      out.push_back(attention[pos] * (by_residual ? residual.norm() : 1));
     }
     protect_ends(s, set_.sink, window, out);
     return out;

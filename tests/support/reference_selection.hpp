@@ -61,8 +61,8 @@ MakeSelector reference_keydiff();
 MakeSelector reference_momentum(double alpha = 0.97);
 struct Residual {
   int sink = 1, window_prefill = 32, window_decode = 8;
-  bool re_rank = true;
-  double ewma = 0;  // 0: the current query alone
+  bool re_rank = true;  // false: attention alone cuts the prompt
+  double ewma = 0;      // 0: the current query alone
   bool accumulate_prefill = true;
 };
 MakeSelector reference_residual(const Residual& settings = {});
