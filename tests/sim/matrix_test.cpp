@@ -41,6 +41,10 @@ std::vector<Case> defaults() {
   forgetful.window_prefill = forgetful.window_decode = 2;
   bare.sink = bare.window_decode = 0;
   bare.window_prefill = 1;
+  Residual averaged;
+  averaged.window_prefill = 4;
+  averaged.window_decode = 2;
+  averaged.ewma = 0.8;
   return {
       {"full", reference_full(), per_head, false},
       {"streaming", reference_streaming(), per_head},
@@ -64,6 +68,7 @@ std::vector<Case> defaults() {
       {"residual:obs_window=4,rerank=0", reference_residual(alone), before, true, 4},
       {"residual:obs_window=2,window=2,accumulate_prefill=false", reference_residual(forgetful), before, true, 3},
       {"residual:sink=0,window=0,obs_window=1", reference_residual(bare), before},
+      {"residual:window=2,obs_window=4,ewma=0.8", reference_residual(averaged), before, true, 4},
       {"oracle_mass", reference_oracle_mass(), per_head},
   };
 }

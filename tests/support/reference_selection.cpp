@@ -195,9 +195,15 @@ class Momentum : public ReferenceSelector {
 class ResidualSelector : public ReferenceSelector {
  public:
   explicit ResidualSelector(const Residual& settings) : set_(settings) {}
+  // The average starts from what the prompt's last queries say; with a pinned prompt, from nothing.
+  void prefill(const SetState& s) override {
+    average_ = received(s, set_.window_prefill) / std::min(set_.window_prefill, s.now + 1);
+  }
   void observe(const SetState& s) override {
     const Eigen::VectorXd now = s.attention(s.now);
-    average_ = average_.size() == 0 ? Eigen::VectorXd(Eigen::VectorXd::Zero(now.size())) : average_;
+    if (average_.size() == 0) {
+      average_ = Eigen::VectorXd::Zero(now.size());
+    }
     average_ = set_.ewma * average_ + (1 - set_.ewma) * now;
   }
   std::vector<double> score(const SetState& s) override {
