@@ -18,5 +18,4 @@ class ConfigError : public std::runtime_error {
 
 }  // namespace kvreplay
 
-#define KVREPLAY_CHECK(condition) \
-  ((condition) ? void() : ::kvreplay::check_failed(#condition, __FILE__, __LINE__))
+#define KVREPLAY_CHECK(condition) ((condition) ? void() : ::kvreplay::check_failed(#condition, __FILE__, __LINE__))

@@ -1,7 +1,7 @@
 #include "sim/replay.hpp"
 
 #include <algorithm>
-#include <chrono>
+#include <ctime>
 #include <exception>
 #include <optional>
 
@@ -12,7 +12,12 @@
 namespace kvreplay {
 namespace {
 
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+// Of this thread alone: what a task costs does not depend on what else the machine does.
+double seconds() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
 
 // One job while its layer is replayed.
 struct Running {
@@ -49,11 +54,13 @@ void parallel(int n, int threads, Task task) {
 class Replay {
  public:
   Replay(const Layer& layer, std::span<const Job> jobs, const ReplayOptions& options)
-      : layer_(layer), options_(options), shared_{layer, {}, {}, {}, {}}, checkpoints_(layer, options.seed) {
+      : layer_(layer), options_(options), shared_{.layer = layer}, checkpoints_(layer, options.seed) {
     shared_.exact.resize(std::size_t(layer.n_kv_heads));
     product_ = options.metrics.needs_evicted_output() ? ValueProduct::f64 : ValueProduct::f32;
     keep_logits_ = options.metrics.has(Metric::logit_spread) || options.metrics.has(Metric::logit_variance);
     result_.cells.resize(jobs.size());
+    exact_seconds_.assign(std::size_t(layer.n_kv_heads), 0);
+    prefill_seconds_ = exact_seconds_;
     for (const Job& job : jobs) {
       running_.push_back({.job = &job,
                           .sets = {},
@@ -66,7 +73,6 @@ class Replay {
   }
 
   LayerResult run() {
-    const double start = seconds();
     look_ahead();
     shared_prefill();
     for (std::size_t j = 0; j < running_.size(); ++j) {
@@ -74,7 +80,6 @@ class Replay {
     }
     parallel(int(running_.size()), options_.threads,
              [&](int j) { guarded(std::size_t(j), [&] { prefill(std::size_t(j)); }); });
-    result_.prefill_seconds = seconds() - start;
 
     for (Pos begin = layer_.prompt_len; begin < layer_.n_tokens; begin += options_.block_steps) {
       if (options_.stop && options_.stop->load()) {
@@ -140,7 +145,7 @@ class Replay {
   void shared_prefill() {
     std::vector<int> windows;
     for (const Running& r : running_) {
-      const int w = r.job->method->needs().prompt_queries;
+      const int w = shared_.n_votes(r.job->method->needs().prompt_queries);
       if (w != 0 && std::find(windows.begin(), windows.end(), w) == windows.end()) {
         windows.push_back(w);
       }
@@ -152,6 +157,7 @@ class Replay {
     }
     const Pos last = layer_.prompt_len - 1;
     parallel(layer_.n_kv_heads, options_.threads, [&](int h) {
+      const double start = seconds();
       ExactBlock& e = shared_.exact[std::size_t(h)];
       if (layer_.first_query <= last) {
         e.compute(layer_, h, last, 1, ValueProduct::none, false);
@@ -159,9 +165,9 @@ class Replay {
         e.blank(layer_, last, 1);
       }
       for (int w : windows) {
-        const Pos from = w == Needs::kAll ? 0 : std::max<Pos>(0, layer_.prompt_len - w);
-        shared_.mass.at({h, w}) = column_mass(layer_, h, from, layer_.prompt_len);
+        shared_.mass.at({h, w}) = column_mass(layer_, h, layer_.prompt_len - w, layer_.prompt_len);
       }
+      prefill_seconds_[std::size_t(h)] += seconds() - start;
     });
   }
 
@@ -293,15 +299,15 @@ class Replay {
   }
 
   void block(Pos begin, int steps) {
-    double start = seconds();
     parallel(layer_.n_kv_heads, options_.threads, [&](int h) {
+      const double start = seconds();
       ExactBlock& e = shared_.exact[std::size_t(h)];
       e.compute(layer_, h, begin, steps, product_, keep_logits_);
+      exact_seconds_[std::size_t(h)] += seconds() - start;
       if (!shared_.future.empty()) {
         e.add_column_mass(shared_.future[std::size_t(h)], -1);
       }
     });
-    result_.exact_seconds += seconds() - start;
 
     // A task is one set; a job whose sets still wait for one another to be allocated is one task.
     struct Task {
@@ -323,7 +329,8 @@ class Replay {
       }
     }
     parallel(int(tasks.size()), options_.threads, [&](int t) {
-      const auto [j, i] = tasks[std::size_t(t)];
+      const std::size_t j = tasks[std::size_t(t)].job;
+      const int i = tasks[std::size_t(t)].set;
       guarded(j, [&] { i < 0 ? step_together(running_[j], steps) : step_alone(running_[j], std::size_t(i), steps); });
     });
     if (layer_.w_o.size() > 0) {
@@ -479,6 +486,7 @@ class Replay {
   bool keep_logits_;
   std::vector<Running> running_;
   LayerResult result_;
+  std::vector<double> exact_seconds_, prefill_seconds_;  // per KV head
 };
 
 }  // namespace

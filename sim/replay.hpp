@@ -52,9 +52,9 @@ struct CellResult {
 };
 
 struct LayerResult {
-  std::vector<CellResult> cells;  // one per job
-  double exact_seconds = 0, prefill_seconds = 0;
-  bool complete = true;  // false: stopped early
+  std::vector<CellResult> cells;                  // one per job
+  double exact_seconds = 0, prefill_seconds = 0;  // shared by all cells, summed over threads
+  bool complete = true;                           // false: stopped early
 };
 
 // Throws ConfigError where a method cannot run on this layer. Errors of one cell end up in CellResult::error.

@@ -14,7 +14,6 @@
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
 #include "sim/load.hpp"
-#include "sim/progress.hpp"
 #include "sim/version.hpp"
 #include "traces/hash.hpp"
 #include "traces/hdf5.hpp"
@@ -303,15 +302,14 @@ class Run {
   }
 
   void replay_all(ResultsWriter& writer) {
-    double total = 0;
+    total_ = 0;
     for (const auto& input : inputs_) {
-      total += double(input->layers.size() * columns_.size()) * (input->reader.info().n_tokens - input->prompt_len);
+      total_ += double(input->layers.size() * columns_.size()) * (input->reader.info().n_tokens - input->prompt_len);
     }
-    Progress progress(total);
     double done = 0;
     for (const auto& input : inputs_) {
       for (std::size_t l = 0; l < input->layers.size(); ++l) {
-        if (!replay_layer(writer, *input, l, progress, done)) {
+        if (!replay_layer(writer, *input, l, done)) {
           outcome_.interrupted = true;
           return;
         }
@@ -319,7 +317,7 @@ class Run {
     }
   }
 
-  bool replay_layer(ResultsWriter& writer, const Input& input, std::size_t l, Progress& progress, double& done) {
+  bool replay_layer(ResultsWriter& writer, const Input& input, std::size_t l, double& done) {
     const TraceInfo& info = input.reader.info();
     const int layer = input.layers[l];
     LoadOptions load{.prompt_len = input.prompt_len,
@@ -364,7 +362,11 @@ class Run {
         }
         jobs.push_back(job);
       }
-      options.progress = [&](int steps) { progress.at(done + double(n) * steps, what); };
+      options.progress = [&](int steps) {
+        if (request_.progress) {
+          request_.progress(done + double(n) * steps, total_, what);
+        }
+      };
       const LayerResult result = replay(data, jobs, options);
       if (!result.complete) {
         return false;
@@ -511,6 +513,7 @@ class Run {
   std::vector<Column> columns_;
   std::vector<std::unique_ptr<Input>> inputs_;
   RunOutcome outcome_;
+  double total_ = 0;  // decode steps of one method, in all
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,8 @@ struct RunRequest {
   bool force = false;
   std::vector<std::string> argv;
   const std::atomic<bool>* stop = nullptr;
+  // After every block: decode steps of one method done, in all, and what is being replayed.
+  std::function<void(double done, double total, const std::string& what)> progress;
 };
 
 struct RunOutcome {
@@ -36,7 +39,7 @@ struct RunOutcome {
   std::vector<std::string> failed;  // one sentence per cell that failed
 };
 
-// ConfigError and TraceError before anything is written where the request cannot be met. Progress goes to stderr.
+// ConfigError and TraceError before anything is written where the request cannot be met.
 RunOutcome run(const RunRequest&);
 
 // "2GiB" -> bytes; ConfigError.

@@ -234,7 +234,13 @@ MatF Set::queries(int lane, int last) const {
 }
 
 MatD Set::column_mass(int lane, int last) const {
-  return shared_->mass.at({lanes[lane].kv_head, last}).middleRows(lanes[lane].first_head, n_heads);
+  const int n = shared_->n_votes(last), kv_head = lanes[lane].kv_head;
+  const std::lock_guard lock(shared_->mass_mutex);
+  MatD& mass = shared_->mass[{kv_head, n}];
+  if (mass.size() == 0) {
+    mass = kvreplay::column_mass(layer(), kv_head, prompt_len - n, prompt_len);
+  }
+  return mass.middleRows(lanes[lane].first_head, n_heads);
 }
 
 void Set::attention_to_come(const View&, std::span<float> out) const {

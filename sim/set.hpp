@@ -1,6 +1,8 @@
 // The state of one method on one set of heads, and how it turns a block of steps into columns to multiply.
 #pragma once
+#include <algorithm>
 #include <map>
+#include <mutex>
 #include <unordered_map>
 #include <utility>
 
@@ -16,7 +18,12 @@ struct Shared {
   std::vector<ExactBlock> exact;  // per KV head
   std::vector<MatD> future;       // per KV head (group_size, n_tokens): attention from queries after this block
   std::vector<MatD> full;         // per KV head (n_steps * group_size, v_head_dim) exact outputs, for horizons
-  std::map<std::pair<int, int>, MatD> mass;  // results of column_mass, made before any set asks
+  // Results of column_mass by KV head and number of queries: those that methods announced are there before any set
+  // asks.
+  std::map<std::pair<int, int>, MatD> mass;
+  std::mutex mass_mutex;
+
+  int n_votes(int last) const { return last < 0 ? layer.prompt_len : std::min<int>(last, layer.prompt_len); }
 };
 
 // Weights, key and value that some slot had during some steps of the block. Everything a method can do to its cache in

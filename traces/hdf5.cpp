@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -220,14 +221,118 @@ std::string trimmed(const char* text, std::size_t size) {
   return std::string(text, std::find(text, text + size, '\0'));
 }
 
+template <typename T>
+T field(std::span<const std::byte> bytes, std::size_t at) {
+  T value;
+  std::memcpy(&value, bytes.data() + at, sizeof(T));
+  return value;
+}
+
+// Objects of a global heap collection must lie within it; HDF5 1.10 takes their sizes on trust and
+// crashes.
+bool is_sound_heap(std::span<const std::byte> heap) {
+  constexpr std::size_t kHeader = 16;
+  for (std::size_t at = kHeader; heap.size() - at >= kHeader;) {
+    const auto index = field<std::uint16_t>(heap, at);
+    const auto bytes = field<std::uint64_t>(heap, at + 8);
+    const std::uint64_t left = heap.size() - at;
+    if (index == 0) {  // free space, which is the last and counts its own header
+      return bytes <= left;
+    }
+    if (bytes > left - kHeader || (bytes + 7) / 8 * 8 > left - kHeader) {
+      return false;
+    }
+    at += kHeader + (bytes + 7) / 8 * 8;
+  }
+  return true;
+}
+
+// Variable-length texts live in global heaps, the one place of a file that carries no checksum.
+// Finds and checks all of them before the library reads the first; contiguous data, which holds
+// most of a file, is stepped over.
+void check_heaps(hid_t object, const std::string& where) {
+  const Handle file = handle(where + " has no file", [&] { return H5Iget_file_id(object); });
+  H5O_info_t object_info{};
+  checked(where + " cannot be examined",
+          [&] { return H5Oget_info2(object, &object_info, H5O_INFO_BASIC); });
+  const unsigned long number = object_info.fileno;  // every open of a file has its own
+  static thread_local unsigned long last_checked = 0;
+  if (number == last_checked) {
+    return;
+  }
+  char name[4096] = "";
+  checked(where + " has no file name", [&] { return H5Fget_name(file.get(), name, sizeof(name)); });
+
+  std::vector<Extent> bulk;
+  const auto add = [](hid_t root, const char* path, const H5O_info_t* info, void* out) -> herr_t {
+    if (info->type == H5O_TYPE_DATASET) {
+      const Handle dataset(H5Dopen2(root, path, H5P_DEFAULT));
+      const haddr_t offset = dataset.get() < 0 ? HADDR_UNDEF : H5Dget_offset(dataset.get());
+      if (offset != HADDR_UNDEF) {
+        static_cast<std::vector<Extent>*>(out)->push_back(
+            {offset, H5Dget_storage_size(dataset.get())});
+      }
+    }
+    return 0;
+  };
+  checked(where + ": the file's members cannot be listed", [&] {
+    return H5Ovisit2(file.get(), H5_INDEX_NAME, H5_ITER_NATIVE, add, &bulk, H5O_INFO_BASIC);
+  });
+  std::sort(bulk.begin(), bulk.end(),
+            [](const Extent& a, const Extent& b) { return a.offset < b.offset; });
+
+  std::ifstream in(name, std::ios::binary);
+  const std::uint64_t size = std::filesystem::file_size(name);
+  constexpr std::string_view kSignature = "GCOL\x01\0\0\0";
+  constexpr std::uint64_t kPiece = std::uint64_t{1} << 20, kHeader = 16;
+  std::vector<char> piece;
+  auto next = bulk.begin();
+  for (std::uint64_t at = 0; at + kHeader <= size;) {
+    while (next != bulk.end() && next->offset <= at) {
+      at = next->offset + next->bytes > at && next->bytes <= size ? next->offset + next->bytes : at;
+      ++next;
+    }
+    const std::uint64_t end =
+        std::min({size, at + kPiece, next == bulk.end() ? size : next->offset});
+    if (at >= end) {
+      continue;
+    }
+    piece.resize(std::min(size, end + kHeader) - at);  // a signature may begin at the very end
+    in.seekg(static_cast<std::streamoff>(at));
+    in.read(piece.data(), static_cast<std::streamsize>(piece.size()));
+    const std::string_view text(piece.data(), piece.size());
+    for (std::size_t found = text.find(kSignature);
+         found != std::string_view::npos && at + found < end;
+         found = text.find(kSignature, found + 1)) {
+      std::uint64_t bytes = 0;
+      in.seekg(static_cast<std::streamoff>(at + found + 8));
+      in.read(reinterpret_cast<char*>(&bytes), sizeof(bytes));
+      bool sound = bytes >= kHeader && bytes <= size - at - found && bytes <= kMaxAttributeBytes;
+      if (sound) {
+        std::vector<std::byte> heap(bytes);
+        in.seekg(static_cast<std::streamoff>(at + found));
+        in.read(reinterpret_cast<char*>(heap.data()), static_cast<std::streamsize>(bytes));
+        sound = in.good() && is_sound_heap(heap);
+      }
+      if (!sound) {
+        throw StorageError(
+            fmt::format("{}: the heap of texts at byte {} is damaged", where, at + found));
+      }
+    }
+    at = end;
+  }
+  last_checked = number;
+}
+
 // `read(memory_type, buffer)` fills a buffer with n texts; here is what both attributes and
 // datasets do around it.
 template <typename Read>
-std::vector<std::string> read_texts_with(hid_t file_type, std::uint64_t n, hid_t space,
-                                         const std::string& where, Read&& read) {
+std::vector<std::string> read_texts_with(hid_t object, hid_t file_type, std::uint64_t n,
+                                         hid_t space, const std::string& where, Read&& read) {
   std::vector<std::string> texts(n);
   if (checked(where + ": cannot read the text type",
               [&] { return H5Tis_variable_str(file_type); }) > 0) {
+    check_heaps(object, where);
     Handle memory =
         handle(where + ": cannot copy the text type", [&] { return H5Tcopy(H5T_C_S1); });
     checked(where + ": cannot set the text type",
@@ -331,6 +436,13 @@ void write_attribute(hid_t object, const std::string& where, const std::string& 
   }
 }
 
+// Settings for a new object. Objects carry no times: the same command must give the same bytes.
+Handle untimed(hid_t kind) {
+  Handle creation = handle("cannot make creation settings", [&] { return H5Pcreate(kind); });
+  checked("cannot leave out times", [&] { return H5Pset_obj_track_times(creation.get(), false); });
+  return creation;
+}
+
 std::string errno_text() { return std::generic_category().message(errno); }
 
 void sync_path(const std::filesystem::path& path, int flags) {
@@ -348,14 +460,15 @@ void sync_path(const std::filesystem::path& path, int flags) {
 
 // Files are kept to what every reader since HDF5 1.8 knows, in the form whose metadata carries
 // checksums.
-Handle file_access(bool lock) {
+Handle file_access() {
   Handle access =
       handle("cannot make file access settings", [] { return H5Pcreate(H5P_FILE_ACCESS); });
   checked("cannot set the format bounds",
           [&] { return H5Pset_libver_bounds(access.get(), H5F_LIBVER_V18, H5F_LIBVER_V110); });
   checked("cannot set the close degree",
           [&] { return H5Pset_fclose_degree(access.get(), H5F_CLOSE_STRONG); });
-  checked("cannot set file locking", [&] { return H5Pset_file_locking(access.get(), lock, true); });
+  checked("cannot set file locking",
+          [&] { return H5Pset_file_locking(access.get(), false, true); });
   return access;
 }
 
@@ -446,6 +559,9 @@ Handle::~Handle() {
 }
 
 std::vector<std::string> Object::attribute_names() const {
+  // Looking for a name that nobody uses decodes every attribute and fails cleanly on a damaged one;
+  // listing them would crash HDF5 1.10.
+  has_attribute(" ");
   std::vector<std::string> names;
   const auto add = [](hid_t, const char* name, const H5A_info_t*, void* out) -> herr_t {
     static_cast<std::vector<std::string>*>(out)->emplace_back(name);
@@ -468,7 +584,7 @@ std::string Object::text(const std::string& name) const {
   if (classify(a.type.get()) != Type::text || a.n != 1) {
     throw StorageError(a.where + " must be one text");
   }
-  return read_texts_with(a.type.get(), 1, a.space.get(), a.where,
+  return read_texts_with(handle_.get(), a.type.get(), 1, a.space.get(), a.where,
                          [&](hid_t memory, void* out) {
                            checked(a.where + " cannot be read",
                                    [&] { return H5Aread(a.attribute.get(), memory, out); });
@@ -787,10 +903,11 @@ std::vector<std::string> Dataset::read_texts() const {
   if (n == 0) {
     return {};
   }
-  return read_texts_with(type.get(), n, space.get(), where_, [&](hid_t memory, void* out) {
-    checked(where_ + " cannot be read",
-            [&] { return H5Dread(handle_.get(), memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, out); });
-  });
+  return read_texts_with(
+      handle_.get(), type.get(), n, space.get(), where_, [&](hid_t memory, void* out) {
+        checked(where_ + " cannot be read",
+                [&] { return H5Dread(handle_.get(), memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, out); });
+      });
 }
 
 std::vector<std::string> Group::children() const {
@@ -848,9 +965,11 @@ Handle open_member(hid_t group, const std::string& where, const std::string& nam
 
 Group Group::create_group(const std::string& name) const {
   const std::string full = below(where_, name);
-  return Group(handle(full + " cannot be created",
+  const std::string context = full + " cannot be created";
+  const Handle creation = untimed(H5P_GROUP_CREATE);
+  return Group(handle(context,
                       [&] {
-                        return H5Gcreate2(handle_.get(), name.c_str(), H5P_DEFAULT, H5P_DEFAULT,
+                        return H5Gcreate2(handle_.get(), name.c_str(), H5P_DEFAULT, creation.get(),
                                           H5P_DEFAULT);
                       }),
                full);
@@ -865,7 +984,7 @@ namespace {
 Handle create_dataset(hid_t group, const std::string& full, const std::string& name, hid_t type,
                       const Shape& shape, const Layout& layout) {
   const std::string context = full + " cannot be created";
-  const Handle creation = handle(context, [] { return H5Pcreate(H5P_DATASET_CREATE); });
+  const Handle creation = untimed(H5P_DATASET_CREATE);
   if (!layout.chunk.empty()) {
     const std::vector<hsize_t> chunk(layout.chunk.begin(), layout.chunk.end());
     checked(context, [&] {
@@ -903,8 +1022,9 @@ Dataset Group::dataset(const std::string& name) const {
 
 void Group::commit_type(const std::string& name, Type type) const {
   const Handle made = make_type(type);
+  const Handle creation = untimed(H5P_DATATYPE_CREATE);
   checked(below(where_, name) + " cannot be committed", [&] {
-    return H5Tcommit2(handle_.get(), name.c_str(), made.get(), H5P_DEFAULT, H5P_DEFAULT,
+    return H5Tcommit2(handle_.get(), name.c_str(), made.get(), H5P_DEFAULT, creation.get(),
                       H5P_DEFAULT);
   });
 }
@@ -967,11 +1087,13 @@ std::filesystem::path File::part_of(const std::filesystem::path& path) {
   return std::filesystem::path(path.string() + ".part");
 }
 
-File File::create(const std::filesystem::path& path) {
-  const std::filesystem::path part = part_of(path);
-  const Handle access = file_access(true);
+File File::create(const std::filesystem::path& path) { return create(path, part_of(path)); }
+
+File File::create(const std::filesystem::path& path, const std::filesystem::path& part) {
+  const Handle access = file_access();
+  const Handle creation = untimed(H5P_FILE_CREATE);
   Handle file = handle(part.string() + " cannot be created", [&] {
-    return H5Fcreate(part.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get());
+    return H5Fcreate(part.c_str(), H5F_ACC_TRUNC, creation.get(), access.get());
   });
   Handle root = handle(part.string() + " has no root group",
                        [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
@@ -981,15 +1103,15 @@ File File::create(const std::filesystem::path& path) {
 
 namespace {
 
-Handle open_file(const std::filesystem::path& path, unsigned flags, bool lock) {
+Handle open_file(const std::filesystem::path& path, unsigned flags) {
   std::error_code error;
   if (!std::filesystem::exists(path, error)) {
     throw StorageError(path.string() + " does not exist");
   }
-  if (std::filesystem::is_directory(path, error)) {
-    throw StorageError(path.string() + " is a folder, but a trace file is expected");
+  if (!std::filesystem::is_regular_file(path, error)) {
+    throw StorageError(path.string() + " is a folder or a device, but a file is expected");
   }
-  const Handle access = file_access(lock);
+  const Handle access = file_access();
   Handle file = handle(path.string() + " cannot be opened as HDF5",
                        [&] { return H5Fopen(path.c_str(), flags, access.get()); });
   // Offsets inside the file are taken as they are, which a user block would shift.
@@ -1007,14 +1129,14 @@ Handle open_file(const std::filesystem::path& path, unsigned flags, bool lock) {
 }  // namespace
 
 File File::open(const std::filesystem::path& path) {
-  Handle file = open_file(path, H5F_ACC_RDONLY, false);
+  Handle file = open_file(path, H5F_ACC_RDONLY);
   Handle root = handle(path.string() + " has no root group",
                        [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
   return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, {});
 }
 
 File File::open_write(const std::filesystem::path& path) {
-  Handle file = open_file(path, H5F_ACC_RDWR, true);
+  Handle file = open_file(path, H5F_ACC_RDWR);
   Handle root = handle(path.string() + " has no root group",
                        [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
   return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, {});

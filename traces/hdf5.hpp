@@ -154,6 +154,8 @@ class Group : public Object {
 class File {
  public:
   static File create(const std::filesystem::path& path);
+  static File create(const std::filesystem::path& path,
+                     const std::filesystem::path& part);      // under another name
   static File open(const std::filesystem::path& path);        // read only, never locks
   static File open_write(const std::filesystem::path& path);  // an existing file, in place
 

@@ -109,7 +109,7 @@ Json describe(const TraceReader& trace) {
 
 }  // namespace
 
-std::string info_json(const TraceReader& trace) { return describe(trace).dump(2); }
+std::string info_json(const TraceReader& trace) { return describe(trace).dump(2, ' ', false, Json::error_handler_t::replace); }
 
 std::string info_text(const TraceReader& trace) {
   const TraceInfo& info = trace.info();

@@ -79,7 +79,9 @@ void repack(const std::filesystem::path& in, const std::filesystem::path& out, P
     plan.info.provenance += (plan.info.provenance.empty() ? "" : "\n") + note;
   }
 
-  hdf5::File file = hdf5::File::create(out);
+  // Not NAME.part: that may be the very capture that is being recovered.
+  const std::filesystem::path part = out.string() + ".packing";
+  hdf5::File file = hdf5::File::create(out, part);
   try {
     write_skeleton(file.root(), plan, plan.capacity);
     for (const int layer : trace.info().layers) {
@@ -92,7 +94,6 @@ void repack(const std::filesystem::path& in, const std::filesystem::path& out, P
       }
     }
     file.close();
-    const std::filesystem::path part = hdf5::File::part_of(out);
     const TraceReader written(part);
     const TraceHashes hashes = hash_trace(written);
     hdf5::File again = hdf5::File::open_write(part);

@@ -5,6 +5,8 @@ neighbouring steps nor that between heads makes an interval too narrow. With sev
 first: then the interval speaks of other traces of this kind, not only of other steps of these.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 SEED = 20
@@ -20,20 +22,23 @@ def totals(results, metrics):
     """
     arrays = [results.blocks(m, c) for m, c in metrics]
     per_trace = {}
-    for cell in results.cells.index:
-        if any(cell not in a for a in arrays):
-            continue
-        values = np.stack([a[cell] for a in arrays], axis=-1)  # (n_rows, n_blocks, n_metrics)
-        weight = results.block_weights(cell)[None, :] * np.isfinite(values).all(axis=-1)  # (n_rows, n_blocks)
-        sums = np.empty((values.shape[1], len(metrics) + 1))
-        sums[:, :-1] = np.einsum("rb,rbm->bm", weight, np.where(weight[..., None] > 0, values, 0.0))
-        sums[:, -1] = weight.sum(axis=0)
-        trace = results.cells.at[cell, "trace"]
-        if trace in per_trace:
-            per_trace[trace] += sums
-        else:
-            per_trace[trace] = sums
+    for cell, trace in zip(results.cells.index, results.cells["trace"]):
+        if all(cell in a for a in arrays):
+            add(per_trace, trace, block_sums([a[cell] for a in arrays], results.block_weights(cell)))
     return list(per_trace.values())
+
+
+def block_sums(values, weights):
+    """(n_blocks, len(values) + 1): sums over heads of arrays (n_rows, n_blocks), weighted by steps; then the count."""
+    counted = np.isfinite(values[0])
+    for v in values[1:]:
+        counted &= np.isfinite(v)
+    sums = [np.where(counted, v, 0.0).sum(axis=0) for v in values]
+    return np.column_stack([*sums, counted.sum(axis=0)]) * weights[:, None]
+
+
+def add(per_trace, trace, sums):
+    per_trace[trace] = per_trace[trace] + sums if trace in per_trace else sums
 
 
 def mean(sums):
@@ -48,6 +53,17 @@ def removed_share(sums):
         return 1.0 - sums[..., 1] / sums[..., 0]
 
 
+@lru_cache(maxsize=64)
+def _draws(n_blocks, n_resamples, seed):
+    """How often each block is drawn: for each trace (n_resamples, its n_blocks). Depends on the shape alone, so that
+    all methods of a run are resampled alike."""
+    rng = np.random.default_rng(seed)
+    n = len(n_blocks)
+    drawn = rng.multinomial(n, np.full(n, 1.0 / n), size=n_resamples) if n > 1 else np.ones((n_resamples, 1), int)
+    # A trace drawn twice has its blocks drawn twice, independently.
+    return [rng.multinomial(drawn[:, t] * b, np.full(b, 1.0 / b)).astype(float) for t, b in enumerate(n_blocks)]
+
+
 def interval(traces, statistic, level=LEVEL, n_resamples=N_RESAMPLES, seed=SEED):
     """(estimate, low, high) of a statistic of summed blocks; low and high are NaN where one block is all there is."""
     if not traces:
@@ -55,15 +71,8 @@ def interval(traces, statistic, level=LEVEL, n_resamples=N_RESAMPLES, seed=SEED)
     estimate = float(statistic(sum(t.sum(axis=0) for t in traces)))
     if len(traces) == 1 and len(traces[0]) < 2:
         return estimate, np.nan, np.nan
-    rng = np.random.default_rng(seed)
-    n = len(traces)
-    drawn = rng.multinomial(n, np.full(n, 1.0 / n), size=n_resamples) if n > 1 else np.ones((n_resamples, 1), int)
-    sums = 0.0
-    for t, blocks in enumerate(traces):
-        n_blocks = len(blocks)
-        # A trace drawn twice has its blocks drawn twice, independently.
-        counts = rng.multinomial(drawn[:, t] * n_blocks, np.full(n_blocks, 1.0 / n_blocks))
-        sums = sums + counts @ blocks
+    counts = _draws(tuple(len(t) for t in traces), n_resamples, seed)
+    sums = sum(c @ blocks for c, blocks in zip(counts, traces))
     values = statistic(sums)
     values = values[np.isfinite(values)]
     if not len(values):

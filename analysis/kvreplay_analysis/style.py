@@ -27,9 +27,9 @@ _METHODS = {
     "given": ("#6f8fa8", "h"),
     "quest": ("#2c8f4f", "D"),
     "kivi": ("#c2571a", "p"),
-    "oracle": ("#b58a00", "*"),
-    "clairvoyant": ("#d58fb8", "*"),
-    "clairvoyant_greedy": ("#8f4a7d", "*"),
+    "topk": ("#b58a00", "*"),
+    "oracle_mass": ("#d58fb8", "*"),
+    "oracle_greedy": ("#a0589a", "*"),
 }
 _SPARE_COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b6992d", "#af7aa1", "#9c755f"]
 _SPARE_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "h", "<", ">", "p"]
@@ -183,12 +183,14 @@ def grid(n_panels, style, height, max_columns=None, **kwargs):
 
 
 def legend_below(figure, handles, style):
-    """One legend for all panels, under them, its columns as wide as the longest name needs."""
+    """One legend for all panels, under them, its columns as wide as the longest name needs; the figure grows by it."""
     if not handles:
         return
     longest = max(len(h.get_label()) for h in handles)
     columns = max(1, min(len(handles), int(WIDTHS[style] * 72 / (30 + 4.1 * longest))))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.4)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.13 + 0.145 * -(-len(handles) // columns))
 
 
 def plain_log(axis):

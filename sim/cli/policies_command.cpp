@@ -18,10 +18,7 @@ using Json = nlohmann::ordered_json;
 Json json_of(std::span<const ParamInfo> table, const void* config) {
   Json keys = Json::array();
   for (const ParamInfo& p : table) {
-    Json key = {{"name", p.name},
-                {"type", type_name(p.type)},
-                {"doc", p.doc},
-                {"scale", scale_name(p.scale)}};
+    Json key = {{"name", p.name}, {"type", type_name(p.type)}, {"doc", p.doc}, {"scale", scale_name(p.scale)}};
     const ParamValue v = p.get(config);
     switch (p.type) {
       case ParamType::choice:
@@ -66,8 +63,7 @@ Json json_of(const PartInfo& part) {
     out["engine_keys"] = json_of(engine_keys(), &traits);
     out["budgeted"] = part.budgeted(config.get());
   }
-  out["needs"] = {{"prompt_queries",
-                   needs.prompt_queries == Needs::kAll ? Json("all") : Json(needs.prompt_queries)},
+  out["needs"] = {{"prompt_queries", needs.prompt_queries == Needs::kAll ? Json("all") : Json(needs.prompt_queries)},
                   {"pre_rope", needs.pre_rope}};
   return out;
 }
@@ -112,8 +108,7 @@ void add_policies_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("policies", "Methods: parts, keys, papers, deviations");
   command->add_option("name", options->name, "a part or a preset; without it, all are listed");
   CLI::Option* json = command->add_flag("--json", options->json, "everything, for programs");
-  command->add_flag("--markdown", options->markdown, "the tables of docs/methods.md")
-      ->excludes(json);
+  command->add_flag("--markdown", options->markdown, "the tables of docs/methods.md")->excludes(json);
   command->callback([options] {
     if (options->json) {
       std::cout << json_of(options->name).dump(2) << "\n";

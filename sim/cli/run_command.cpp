@@ -11,6 +11,7 @@
 #include "policies/errors.hpp"
 #include "policies/method.hpp"
 #include "sim/cli/exit.hpp"
+#include "sim/cli/progress.hpp"
 #include "sim/run.hpp"
 
 namespace kvreplay {
@@ -129,7 +130,12 @@ void add_run_command(CLI::App& app) {
     request.argv = command_line();
     std::signal(SIGINT, request_stop);
     std::signal(SIGTERM, request_stop);
-    const RunOutcome outcome = run(request);
+    RunOutcome outcome;
+    {
+      Progress progress;
+      request.progress = [&](double done, double total, const std::string& what) { progress.at(done, total, what); };
+      outcome = run(request);
+    }
     fmt::print("{} cells in {}\n", outcome.n_cells, request.out.string());
     for (const std::string& sentence : outcome.failed) {
       fmt::print(stderr, "kvreplay: {}\n", sentence);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "policies/errors.hpp"
+#include "sim/version.hpp"
 #include "traces/hdf5.hpp"
 #include "traces/import.hpp"
 #include "traces/info.hpp"
@@ -24,12 +25,6 @@
 #include "traces/verify.hpp"
 
 // Set by the build for this file; a build outside the project's own has no git hash.
-#ifndef KVREPLAY_VERSION
-#define KVREPLAY_VERSION "0.1.0"
-#endif
-#ifndef KVREPLAY_GIT_HASH
-#define KVREPLAY_GIT_HASH ""
-#endif
 
 namespace kvreplay {
 namespace {
@@ -59,19 +54,16 @@ void add_output(CLI::App& command, Output& output, const char* name = "out") {
 
 void check_output(const Output& output, const std::string& input = {}) {
   const std::filesystem::path path = output.path;
-  const std::filesystem::path folder =
-      path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+  const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
   std::error_code error;
   if (!std::filesystem::is_directory(folder, error)) {
-    throw ConfigError(folder.string() + " is not a folder, so " + output.path +
-                      " cannot be written there");
+    throw ConfigError(folder.string() + " is not a folder, so " + output.path + " cannot be written there");
   }
   if (std::filesystem::is_directory(path, error)) {
     throw ConfigError(output.path + " is a folder, but the name of a trace file is expected");
   }
   if (std::filesystem::exists(path, error) && !output.force) {
-    throw ConfigError(output.path +
-                      " exists already; name another file, or use --force to replace it");
+    throw ConfigError(output.path + " exists already; name another file, or use --force to replace it");
   }
   if (!input.empty() && std::filesystem::equivalent(input, path, error)) {
     throw ConfigError(output.path + " is the input itself; name another file");
@@ -97,8 +89,7 @@ std::vector<int> parse_layers(const std::string& text) {
       good = number(last) && last >= first;
     }
     if (!good || (at < end && *at++ != ',')) {
-      throw ConfigError("layers '" + text +
-                        "' cannot be read; numbers and ranges like 0,4-7 are expected");
+      throw ConfigError("layers '" + text + "' cannot be read; numbers and ranges like 0,4-7 are expected");
     }
     for (int layer = first; layer <= last; ++layer) {
       layers.push_back(layer);
@@ -121,10 +112,8 @@ Profile parse_profile(const std::string& name) {
 std::string generator(const CLI::App& command) {
   nlohmann::ordered_json json;
   json["tool"] = "kvreplay " + command.get_name();
-  json["version"] = KVREPLAY_VERSION;
-  if (std::string(KVREPLAY_GIT_HASH) != "") {
-    json["git"] = KVREPLAY_GIT_HASH;
-  }
+  json["version"] = kVersion;
+  json["git"] = kGitHash;
   json["argv"] = {"kvreplay", command.get_name()};
   std::vector<const CLI::Option*> seen;
   for (const CLI::Option* option : command.parse_order()) {
@@ -139,8 +128,7 @@ std::string generator(const CLI::App& command) {
       }
     }
     for (const std::string& result : option->results()) {
-      json["argv"].push_back(
-          option->get_positional() ? std::filesystem::path(result).filename().string() : result);
+      json["argv"].push_back(option->get_positional() ? std::filesystem::path(result).filename().string() : result);
     }
   }
   return json.dump();
@@ -159,16 +147,14 @@ void add_info(CLI::App& app) {
     run([&] {
       for (std::size_t i = 0; i < o->traces.size(); ++i) {
         const TraceReader trace(o->traces[i]);
-        fmt::print("{}{}", i > 0 && !o->json ? "\n" : "",
-                   o->json ? info_json(trace) + "\n" : info_text(trace));
+        fmt::print("{}{}", i > 0 && !o->json ? "\n" : "", o->json ? info_json(trace) + "\n" : info_text(trace));
       }
     });
   });
 }
 
 void add_verify(CLI::App& app) {
-  CLI::App* command =
-      app.add_subcommand("verify", "Check hashes, recompute stored outputs, weigh the rotation");
+  CLI::App* command = app.add_subcommand("verify", "Check hashes, recompute stored outputs, weigh the rotation");
   const auto traces = std::make_shared<std::vector<std::string>>();
   command->add_option("traces", *traces, "trace files")->required();
   command->callback([traces] {
@@ -212,17 +198,14 @@ void add_repack(CLI::App& app) {
     Output out;
     ArchiveLayout layout;
   };
-  CLI::App* command = app.add_subcommand(
-      "repack", "Rewrite a trace in the other profile; its content stays the same");
+  CLI::App* command = app.add_subcommand("repack", "Rewrite a trace in the other profile; its content stays the same");
   const auto o = std::make_shared<Options>();
   command->add_option("in", o->in, "a trace")->required();
   add_output(*command, o->out);
-  command->add_option("--profile", o->profile, "working (contiguous, fast) or archive (compressed)")
-      ->required();
+  command->add_option("--profile", o->profile, "working (contiguous, fast) or archive (compressed)")->required();
   command->add_option("--chunk-tokens", o->layout.chunk_tokens, "tokens per chunk of an archive")
       ->capture_default_str();
-  command->add_option("--deflate", o->layout.deflate, "compression of an archive, 1 to 9")
-      ->capture_default_str();
+  command->add_option("--deflate", o->layout.deflate, "compression of an archive, 1 to 9")->capture_default_str();
   command->callback([o] {
     run([&] {
       const Profile profile = parse_profile(o->profile);
@@ -241,41 +224,27 @@ void add_import(CLI::App& app) {
   CLI::App* command = app.add_subcommand("import", "Make a trace from the arrays of an .npz file");
   const auto o = std::make_shared<Options>();
   ImportOptions& import = o->import;
-  command
-      ->add_option("in", o->in,
-                   "an .npz file with token_ids and q{l}, k{l}, v{l} per layer number l")
-      ->required();
+  command->add_option("in", o->in, "an .npz file with token_ids and q{l}, k{l}, v{l} per layer number l")->required();
   add_output(*command, o->out);
-  command->add_option("--prompt-len", import.prompt_len, "leading tokens that are the prompt")
-      ->required();
-  command
-      ->add_option("--attention-scale", import.attention_scale,
-                   "factor of q k^T before the softmax")
-      ->required();
-  command->add_option("--rope-theta", import.rope_theta,
-                      "base of the rotary frequencies (none: not rotated)");
-  command->add_option("--rope-style", import.rope_style, "half or interleaved")
-      ->capture_default_str();
+  command->add_option("--prompt-len", import.prompt_len, "leading tokens that are the prompt")->required();
+  command->add_option("--attention-scale", import.attention_scale, "factor of q k^T before the softmax")->required();
+  command->add_option("--rope-theta", import.rope_theta, "base of the rotary frequencies (none: not rotated)");
+  command->add_option("--rope-style", import.rope_style, "half or interleaved")->capture_default_str();
   command->add_option("--rotary-dim", import.rotary_dim, "rotated channels (default: head_dim)");
-  command->add_option("--n-layers", import.n_layers,
-                      "layers of the model (default: the last one in the file + 1)");
+  command->add_option("--n-layers", import.n_layers, "layers of the model (default: the last one in the file + 1)");
   command->add_option("--dtype", o->dtype, "f16, bf16 or f32 (default: as in the file)");
   command->add_option("--tokens", import.n_tokens, "only the first so many tokens");
   command->add_option("--layers", o->layers, "only these layers, e.g. 0,4-7");
   command->add_option("--logit-softcap", import.logit_softcap, "soft cap of the logits (0 = none)");
-  command->add_option("--sliding-window", import.sliding_window,
-                      "attention window of every layer (0 = none)");
+  command->add_option("--sliding-window", import.sliding_window, "attention window of every layer (0 = none)");
   command->add_flag("--qk-norm", import.qk_norm, "the model normalises q and k");
   command->add_option("--model-name", import.model_name, "name of the model");
   command->add_option("--architecture", import.architecture, "its architecture");
-  command->add_option("--provenance", import.provenance,
-                      "where the data come from and under which licence");
+  command->add_option("--provenance", import.provenance, "where the data come from and under which licence");
   command->add_option("--profile", o->profile, "working or archive")->capture_default_str();
-  command
-      ->add_option("--chunk-tokens", import.archive.chunk_tokens, "tokens per chunk of an archive")
+  command->add_option("--chunk-tokens", import.archive.chunk_tokens, "tokens per chunk of an archive")
       ->capture_default_str();
-  command->add_option("--deflate", import.archive.deflate, "compression of an archive, 1 to 9")
-      ->capture_default_str();
+  command->add_option("--deflate", import.archive.deflate, "compression of an archive, 1 to 9")->capture_default_str();
   command->callback([o, command] {
     run([&] {
       ImportOptions& options = o->import;
@@ -297,25 +266,22 @@ void add_synth(CLI::App& app) {
     Output out;
     SynthOptions synth;
   };
-  CLI::App* command = app.add_subcommand(
-      "synth", "Make a trace out of numbers, for tests of scale (never as evidence)");
+  CLI::App* command =
+      app.add_subcommand("synth", "Make a trace out of numbers, for tests of scale (never as evidence)");
   const auto o = std::make_shared<Options>();
   SynthOptions& synth = o->synth;
   o->dtype = name_of(synth.element);
   add_output(*command, o->out);
   command->add_option("--tokens", synth.n_tokens, "length")->capture_default_str();
-  command->add_option("--prompt-len", synth.prompt_len, "leading tokens that are the prompt")
-      ->capture_default_str();
+  command->add_option("--prompt-len", synth.prompt_len, "leading tokens that are the prompt")->capture_default_str();
   command->add_option("--n-layers", synth.n_layers, "layers")->capture_default_str();
   command->add_option("--heads", synth.n_heads, "query heads")->capture_default_str();
   command->add_option("--kv-heads", synth.n_kv_heads, "KV heads")->capture_default_str();
   command->add_option("--head-dim", synth.head_dim, "width of a head")->capture_default_str();
   command->add_option("--dtype", o->dtype, "f16, bf16 or f32")->capture_default_str();
-  command->add_option("--rope-theta", synth.theta, "base of the rotary frequencies")
-      ->capture_default_str();
+  command->add_option("--rope-theta", synth.theta, "base of the rotary frequencies")->capture_default_str();
   command->add_option("--rope-style", synth.style, "half or interleaved")->capture_default_str();
-  command->add_option("--sinks", synth.sinks, "leading tokens that every query attends to")
-      ->capture_default_str();
+  command->add_option("--sinks", synth.sinks, "leading tokens that every query attends to")->capture_default_str();
   command->add_option("--queries", synth.queries, "all, decode or window:N")->capture_default_str();
   command->add_option("--hidden", synth.hidden, "rows of w_o (0 = none)")->capture_default_str();
   command->add_option("--seed", synth.seed, "same seed, same bytes")->capture_default_str();

@@ -23,7 +23,7 @@ class Plan:
         ("tova", "tova", "evictable", "none"), ("snapkv", "snapkv", "evictable", "none"),
         ("momentkv", "residual+adakv+moments", "evictable", "none"), ("residual", "residual", "evictable", "none"),
         ("h2o:window=16+adakv", "h2o:window=16+adakv", "evictable", "none"),
-        ("clairvoyant", "clairvoyant", "evictable", "oracle"),
+        ("oracle_mass", "oracle_mass", "evictable", "oracle"),
         ("momentum", "momentum", "pinned", "none"), ("moment-kv", "momentum:alpha=0.95", "pinned", "none"),
         ("h2o:pool=decode", "h2o:pool=decode", "pinned", "none"),
         ("residual:pool=decode", "residual:pool=decode", "pinned", "none"),
@@ -98,7 +98,7 @@ def _steps(rng, plan, cell, budget):
                 "resident": np.broadcast_to(cell["prompt_len"] + np.arange(n_steps) + 1.0, (n_kv, n_steps)),
                 "bytes": np.broadcast_to(256.0 * (cell["prompt_len"] + np.arange(n_steps)), (n_kv, n_steps))}
     quality = {"random": 1.6, "streaming": 1.4, "h2o": 1.0, "tova": 0.9, "snapkv": 1.1, "momentkv": 0.8,
-               "residual": 0.82, "clairvoyant": 0.4}.get(cell["label"], 0.7 + 0.03 * (len(cell["label"]) % 9))
+               "residual": 0.82, "oracle_mass": 0.4}.get(cell["label"], 0.7 + 0.03 * (len(cell["label"]) % 9))
     depth = 1.0 if cell["layer"] == 0 else 0.45
     level = quality * depth * 0.35 * (32 / budget) ** 0.5
     walk = np.cumsum(rng.normal(0, 0.02, (n_heads, n_steps)), axis=1)

@@ -75,8 +75,10 @@ TEST_CASE("repacking there and back changes no content") {
     CHECK(c.info().uuid == a.info().uuid);
     CHECK(c.info().pieces == a.info().pieces);
     CHECK(c.info().rope.inv_freq == a.info().rope.inv_freq);
-    CHECK(file_bytes(folder / "c.h5") == file_bytes(folder / "a.h5"));
-    CHECK_FALSE(std::filesystem::exists(folder / "b.h5.part"));
+    repack(folder / "b.h5", folder / "d.h5", Profile::working);
+    CHECK(
+        (file_bytes(folder / "c.h5") == file_bytes(folder / "d.h5")));  // same command, same bytes
+    CHECK_FALSE(std::filesystem::exists(folder / "b.h5.packing"));
   }
 }
 
@@ -92,6 +94,19 @@ TEST_CASE("the hash depends on content and on nothing else") {
   CHECK(hash("a.h5") == hash("b.h5"));
   CHECK(hash("a.h5") != hash("c.h5"));
   CHECK(hash("a.h5") != hash("d.h5"));
+}
+
+TEST_CASE("an interrupted capture is recovered under its own final name") {
+  const TemporaryFolder folder;
+  {
+    TraceWriter writer(folder / "t.h5", small_meta(), 40,
+                       WriterOptions{.queries = queries_all(40)});
+    append_small(writer, small_meta(), queries_all(40), 0, 30);
+    writer.commit(25);
+  }
+  CHECK(recover(folder / "t.h5.part", folder / "t.h5") == 25);
+  CHECK(verify(TraceReader(folder / "t.h5")).failures.empty());
+  CHECK(TraceReader(folder / "t.h5.part").info().n_tokens == 25);  // the input is left as it was
 }
 
 TEST_CASE("an unwritable place is one sentence and leaves nothing") {

@@ -10,7 +10,7 @@ from ..errors import Absent
 from ..results import GROUPS
 from ..style import deciding_part, shown_name
 
-N_NAMED = 20  # methods a static figure can name; the rest is drawn in grey
+N_NAMED = 26  # methods a static figure can name; the rest is drawn in grey
 
 
 def configurations(results):
@@ -96,12 +96,12 @@ def handles(results, looks, names, n_all, lines=True):
     return out
 
 
-def thin(frame, n, seed=1):
-    """At most n rows, always the same ones, in their order."""
-    if len(frame) <= n:
-        return frame
-    keep = np.sort(np.random.default_rng(seed).choice(len(frame), n, replace=False))
-    return frame.iloc[keep]
+def thin(rows, n, seed=1):
+    """At most n rows of a frame or array, always the same ones, in their order."""
+    if len(rows) <= n:
+        return rows
+    keep = np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False))
+    return rows.iloc[keep] if hasattr(rows, "iloc") else rows[keep]
 
 
 # --- plotly -------------------------------------------------------------------------------------------------------

@@ -31,34 +31,48 @@ def data(results, budget=None, n_points=N_POINTS):
     wanted = _wanted(results)
     if not wanted:
         raise Absent("no compensator was measured: run again with --compensators mean,moments,gaussian")
+    error, corrected = results.blocks("error"), {c: results.blocks("error_corrected", c) for c in wanted}
     points, by_layer = [], []
     for label, asked, mine in configurations(results):
+        places = list(zip(mine.cells.index, mine.cells["trace"], mine.cells["layer"]))
+        weights = {cell: mine.block_weights(cell) for cell, _, _ in places}
         for c in wanted:
-            error, corrected = mine.blocks("error"), mine.blocks("error_corrected", c)
-            here = []
-            for cell in (i for i in mine.cells.index if i in error and i in corrected):
-                head, block = np.indices(error[cell].shape)
-                what = mine.cells.loc[cell]
-                here.append(pd.DataFrame({
-                    "label": label, "budget": asked, "compensator": c, "trace": what["trace"], "layer": what["layer"],
-                    "head": head.ravel(), "block": block.ravel(), "error": error[cell].ravel(),
-                    "error_corrected": corrected[cell].ravel()}))
-            if not here:
+            here = [p for p in places if p[0] in error and p[0] in corrected[c]]
+            some = _points(here, error, corrected[c], n_points)
+            if some is None:
                 continue
-            here = pd.concat(here, ignore_index=True).dropna()
-            here = here[here["error"] > 0]
-            if here.empty:
-                continue
-            points.append(thin(here, n_points))
-            for layer in sorted(set(mine.cells["layer"])):
-                sums = bootstrap.totals(mine.with_cells(mine.cells["layer"] == layer),
-                                        [("error", ""), ("error_corrected", c)])
-                removed, low, high = bootstrap.interval(sums, bootstrap.removed_share)
+            points.append(some.assign(label=label, budget=asked, compensator=c))
+            for layer in sorted({layer for _, _, layer in here}):
+                sums = {}
+                for cell, trace, at in here:
+                    if at == layer:
+                        bootstrap.add(sums, trace,
+                                      bootstrap.block_sums([error[cell], corrected[c][cell]], weights[cell]))
+                removed, low, high = bootstrap.interval(list(sums.values()), bootstrap.removed_share)
                 by_layer.append({"label": label, "budget": asked, "compensator": c, "layer": layer,
                                  "removed": removed, "low": low, "high": high})
     if not points:
         raise Absent("nothing was evicted at this budget, so there is nothing to correct")
-    return {"points": pd.concat(points, ignore_index=True), "by_layer": pd.DataFrame(by_layer)}
+    columns = ["label", "budget", "compensator", "trace", "layer", "head", "block", "error", "error_corrected"]
+    return {"points": pd.concat(points, ignore_index=True)[columns], "by_layer": pd.DataFrame(by_layer)}
+
+
+def _points(places, error, corrected, n_points):
+    """At most n_points blocks that have an error, as a frame; None where there is no such block."""
+    if not places:
+        return None
+    of = np.concatenate([np.full(error[cell].size, i) for i, (cell, _, _) in enumerate(places)])
+    place = np.concatenate([np.arange(error[cell].size) for cell, _, _ in places])
+    x = np.concatenate([error[cell].ravel() for cell, _, _ in places])
+    y = np.concatenate([corrected[cell].ravel() for cell, _, _ in places])
+    keep = thin(np.flatnonzero((x > 0) & np.isfinite(y)), n_points)
+    if not len(keep):
+        return None
+    of, place = of[keep], place[keep]
+    n_blocks = np.array([error[cell].shape[1] for cell, _, _ in places])[of]
+    return pd.DataFrame({"trace": [places[i][1] for i in of], "layer": [places[i][2] for i in of],
+                         "head": place // n_blocks, "block": place % n_blocks, "error": x[keep],
+                         "error_corrected": y[keep]})
 
 
 @paper

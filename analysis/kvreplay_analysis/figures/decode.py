@@ -39,7 +39,7 @@ def data(results, budget=None):
 def draw(results, budget=None, style="double", frames=None):
     frame = (frames or data(results, budget))["blocks"]
     look, panels, names = looks(results), groups_present(frame), named(frame, "error_output")
-    figure, axes = grid(len(panels), style, 2.25, sharey=True)
+    figure, axes = grid(len(panels), style, 1.9, sharey=True)
     for i, (group, ax) in enumerate(zip(panels, axes)):
         for label, line in frame[frame["group"] == group].groupby("label", sort=False):
             kwargs = look_or_grey(look, label, names)

@@ -56,7 +56,7 @@ def draw(results, budget=None, style="double", frames=None):
     frame = (frames or data(results))["lines"]
     look, panels, names = looks(results), groups_present(frame), named(frame, "error_output")
     scale = log_if_wide(frame["error_output"])
-    figure, axes = grid(len(panels), style, 2.35, sharey=True)
+    figure, axes = grid(len(panels), style, 2.0, sharey=True)
     for i, (group, ax) in enumerate(zip(panels, axes)):
         for label, line in frame[frame["group"] == group].groupby("label", sort=False):
             line = line.sort_values("tokens")

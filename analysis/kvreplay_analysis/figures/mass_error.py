@@ -10,8 +10,9 @@ from .common import (at_budget, axis_names, group_title, groups_present, handles
 
 NAME = "mass_error"
 TITLE = "Evicted mass against error"
-HOW_TO_READ = ("Each point is one query head of one layer, averaged over the decode: the line is error = evicted mass, "
-               "the height above it is how much longer than the output the lost difference ‖f_E − f_R‖ is.")
+HOW_TO_READ = ("Each point is one query head of one layer, averaged over the decode: on the line "
+               "error = evicted mass; above (below) it the lost difference ‖f_E − f_R‖ is longer (shorter) than the "
+               "output, so that equal masses cost more (less).")
 BY_BUDGET = True
 N_POINTS = 4000
 
@@ -43,7 +44,7 @@ def data(results, budget=None, n_points=N_POINTS):
 def draw(results, budget=None, style="double", frames=None):
     frame = (frames or data(results, budget))["heads"]
     look, panels, names = looks(results), groups_present(frame), named(frame, "error")
-    figure, axes = grid(len(panels), style, 2.5, sharey=True, sharex=True)
+    figure, axes = grid(len(panels), style, 2.1, sharey=True, sharex=True)
     ends = np.array([frame["evicted_mass"].min() * 0.8, min(1.0, frame["evicted_mass"].max() * 1.1)])
     for i, (group, ax) in enumerate(zip(panels, axes)):
         ax.plot(ends, ends, color="#555555", linewidth=0.7, zorder=1)

@@ -44,7 +44,7 @@ def data(results, budget=None):
 def draw(results, budget=None, style="double", frames=None):
     frame = (frames or data(results, budget))["ecdf"]
     look, panels, names = looks(results), groups_present(frame), named(frame, "directional_mismatch")
-    figure, axes = grid(len(panels), style, 2.25, sharey=True, sharex=True)
+    figure, axes = grid(len(panels), style, 1.9, sharey=True, sharex=True)
     for i, (group, ax) in enumerate(zip(panels, axes)):
         ax.axvline(1, color="#555555", linewidth=0.7, linestyle="--")
         for label, line in frame[frame["group"] == group].groupby("label", sort=False):

@@ -7,13 +7,12 @@ namespace kvreplay {
 
 class Progress {
  public:
-  explicit Progress(double total);  // units of work
+  Progress();
   ~Progress();
-  void at(double done, const std::string& what);
+  void at(double done, double total, const std::string& what);  // in decode steps of one method
 
  private:
   using Clock = std::chrono::steady_clock;
-  double total_;
   bool terminal_, drawn_ = false;
   Clock::time_point start_, last_;
 };

@@ -1,4 +1,4 @@
-#include "sim/progress.hpp"
+#include "sim/cli/progress.hpp"
 
 #include <fmt/format.h>
 #include <unistd.h>
@@ -7,8 +7,7 @@
 
 namespace kvreplay {
 
-Progress::Progress(double total)
-    : total_(total), terminal_(::isatty(STDERR_FILENO) == 1), start_(Clock::now()), last_(start_) {}
+Progress::Progress() : terminal_(::isatty(STDERR_FILENO) == 1), start_(Clock::now()), last_(start_) {}
 
 Progress::~Progress() {
   if (drawn_ && terminal_) {
@@ -16,7 +15,7 @@ Progress::~Progress() {
   }
 }
 
-void Progress::at(double done, const std::string& what) {
+void Progress::at(double done, double total, const std::string& what) {
   const auto now = Clock::now();
   const double since_last = std::chrono::duration<double>(now - last_).count();
   if (since_last < (terminal_ ? 0.2 : 30)) {
@@ -25,7 +24,7 @@ void Progress::at(double done, const std::string& what) {
   last_ = now;
   drawn_ = true;
   const double elapsed = std::chrono::duration<double>(now - start_).count();
-  const double share = total_ > 0 ? done / total_ : 1;
+  const double share = total > 0 ? done / total : 1;
   const double left = share > 0 ? elapsed * (1 - share) / share : 0;
   fmt::print(stderr, "{}{}: {:.0f} % done, {:.0f} steps/s, {:.0f} s left{}", terminal_ ? "\r\033[K" : "", what,
              100 * share, done / elapsed, left, terminal_ ? "" : "\n");
