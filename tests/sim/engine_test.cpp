@@ -198,7 +198,9 @@ TEST_CASE("a soft-cap bends every logit") {
 }
 
 TEST_CASE("the Gaussian's clips bind only where exact radii would, and never bind harder") {
-  const ToyLayer toy = make_toy_layer(toy_options());
+  ToyOptions few = toy_options();
+  few.prompt_len = 1;  // clips bind where few tokens have left
+  const ToyLayer toy = make_toy_layer(few);
   const ReferenceCompensator tight{"gaussian", Compensation::gaussian};
   ReferenceCompensator loose{"gaussian:clip=false", Compensation::gaussian};
   loose.clip = false;

@@ -415,7 +415,7 @@ TEST_CASE("quest's bound holds and its newest page is read; topk keeps the large
   const std::vector<bool> quest = reference_quest(layer, 1, now, 8, 3);
   CHECK(quest[50]);
   CHECK(std::count(quest.begin(), quest.end(), true) == 8 + 8 + 3);
-  const std::vector<bool> top = reference_topk(layer, 1, now, 5);
+  const std::vector<bool> top = reference_topk(layer, 1, now, 5, false);
   CHECK(std::count(top.begin(), top.end(), true) == 5);
   const Eigen::VectorXd logits = logits_at(layer, 1, now);
   double least_kept = 1e300, most_lost = -1e300;

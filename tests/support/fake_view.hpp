@@ -14,7 +14,9 @@ inline MatF random_matrix(Eigen::Index rows, Eigen::Index cols, unsigned seed) {
   std::mt19937 rng(seed);
   std::normal_distribution<float> normal;
   MatF m(rows, cols);
-  for (Eigen::Index i = 0; i < m.size(); ++i) { m.data()[i] = normal(rng); }
+  for (Eigen::Index i = 0; i < m.size(); ++i) {
+    m.data()[i] = normal(rng);
+  }
   return m;
 }
 
@@ -71,7 +73,9 @@ class FakeView final : public Cache {
   // What the engine does when eviction is due; returns the positions that left.
   std::vector<Pos> evict(Selector& selector) {
     const int n = std::min(selector.surplus(*this), static_cast<int>(slots_.size()));
-    if (n <= 0) { return {}; }
+    if (n <= 0) {
+      return {};
+    }
     std::vector<float> scores(slots_.size());
     selector.score(*this, scores);
     std::vector<int> order(slots_.size());
@@ -92,7 +96,9 @@ class FakeView final : public Cache {
 
   void attention(std::span<float> out) const override {
     if (!script.empty()) {
-      for (std::size_t i = 0; i < out.size(); ++i) { out[i] = script.at(pos[i]); }
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        out[i] = script.at(pos[i]);
+      }
       return;
     }
     std::vector<float> one(out.size());
@@ -106,12 +112,16 @@ class FakeView final : public Cache {
       }
     }
     if (group == Reduce::mean) {
-      for (float& a : out) { a /= static_cast<float>(n_lanes * n_heads); }
+      for (float& a : out) {
+        a /= static_cast<float>(n_lanes * n_heads);
+      }
     }
   }
   void head_attention(int lane, int head, std::span<float> out) const override {
     const Eigen::VectorXd a = softmax(lane, now, head, slots_);
-    for (std::size_t i = 0; i < out.size(); ++i) { out[i] = static_cast<float>(a[static_cast<Eigen::Index>(i)]); }
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      out[i] = static_cast<float>(a[static_cast<Eigen::Index>(i)]);
+    }
   }
   VecF key(int lane, int slot) const override {
     const Stored* own = find(lane, slot);
@@ -131,7 +141,9 @@ class FakeView final : public Cache {
     for (Pos t = prompt_len - last; t < prompt_len; ++t) {
       std::vector<Pos> past(static_cast<std::size_t>(t) + 1);
       std::iota(past.begin(), past.end(), 0);
-      for (int h = 0; h < n_heads; ++h) { mass.row(h).head(t + 1) += softmax(lane, t, h, past).transpose(); }
+      for (int h = 0; h < n_heads; ++h) {
+        mass.row(h).head(t + 1) += softmax(lane, t, h, past).transpose();
+      }
     }
     return mass;
   }
@@ -159,8 +171,7 @@ class FakeView final : public Cache {
     const Lane& l = lanes[at(lane)];
     Eigen::VectorXd a(static_cast<Eigen::Index>(over.size()));
     for (std::size_t i = 0; i < over.size(); ++i) {
-      a[static_cast<Eigen::Index>(i)] =
-          l.q.row(t * n_heads + head).cast<double>().dot(l.k.row(over[i]).cast<double>());
+      a[static_cast<Eigen::Index>(i)] = l.q.row(t * n_heads + head).cast<double>().dot(l.k.row(over[i]).cast<double>());
     }
     a = (a.array() - a.maxCoeff()).exp();
     return a / a.sum();

@@ -123,7 +123,9 @@ Metrics one_row(const RowInput& in, RowOutputs& outputs) {
       continue;
     }
     const ReferenceEstimate e = estimate(c, *in.statistics, q, layer.scale);
-    m["log_mass_ratio." + c.name] = evicted.log_mass - e.log_mass;
+    if (evicted.log_mass >= logits.maxCoeff() + kLeastLogMass) {
+      m["log_mass_ratio." + c.name] = evicted.log_mass - e.log_mass;
+    }
     m["error_exact_mass." + c.name] = (full.output - merged(retained, evicted.log_mass, e.value)).norm() / size;
     if (has_direction) {
       m["cos_estimate." + c.name] = cosine(evicted.output, e.value);

@@ -97,6 +97,7 @@ struct Subspaces {
 Subspaces reference_subspaces(const MatD& retained, const MatD& evicted);
 
 // Rows with no usable f_R: retained mass below e^-88 of the largest weight. Only their evicted mass counts.
+// Evicted mass below it has no logarithm in float32 either.
 inline constexpr double kLeastLogMass = -88;
 // Metrics with f_E count steps that hold at least this much evicted mass.
 inline constexpr double kLeastEvictedMass = 1e-6;

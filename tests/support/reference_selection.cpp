@@ -195,9 +195,15 @@ class Momentum : public ReferenceSelector {
 class ResidualSelector : public ReferenceSelector {
  public:
   explicit ResidualSelector(const Residual& settings) : set_(settings) {}
+  // The average starts from what the prompt's last queries say; with a pinned prompt, from nothing.
+  void prefill(const SetState& s) override {
+    average_ = received(s, set_.window_prefill) / std::min(set_.window_prefill, s.now + 1);
+  }
   void observe(const SetState& s) override {
     const Eigen::VectorXd now = s.attention(s.now);
-    average_ = average_.size() == 0 ? Eigen::VectorXd(Eigen::VectorXd::Zero(now.size())) : average_;
+    if (average_.size() == 0) {
+      average_ = Eigen::VectorXd::Zero(now.size());
+    }
     average_ = set_.ewma * average_ + (1 - set_.ewma) * now;
   }
   std::vector<double> score(const SetState& s) override {
@@ -224,12 +230,16 @@ class ResidualSelector : public ReferenceSelector {
       if (e.n > 0) {
         residual -= s.layer->scale * (e.scatter * k.row(pos).transpose()) / e.n;
       }
-      out.push_back(attention[pos] * residual.norm());
+      const bool by_residual = set_.re_rank || !s.at_prefill();
+      out.push_back(attention[pos] * (by_residual ? residual.norm() : 1));
     }
     protect_ends(s, set_.sink, window, out);
     return out;
   }
-  void evicted(const SetState&, const std::vector<Pos>& victims) override {
+  void evicted(const SetState& s, const std::vector<Pos>& victims) override {
+    if (s.at_prefill() && !set_.accumulate_prefill) {
+      return;
+    }
     gone_.insert(gone_.end(), victims.begin(), victims.end());
   }
 
@@ -258,31 +268,60 @@ class OracleMass : public ReferenceSelector {
 class OracleGreedy : public ReferenceSelector {
  public:
   explicit OracleGreedy(int horizon) : horizon_(horizon) {}
+  // Where several have to go, they go one by one, each the least harm to what the others left.
   std::vector<double> score(const SetState& s) override {
     std::vector<double> out;
-    const Pos last = std::min(s.now + horizon_, s.layer->options.n_tokens - 1);
     for (const Pos victim : s.slots) {
-      double harm = 0;
-      for (const int h : s.q_heads) {
-        const MatD& v = s.layer->v[static_cast<std::size_t>(s.layer->kv_head(h))];
-        for (Pos pos = s.now + 1; pos <= last; ++pos) {
-          const Eigen::VectorXd logits = logits_at(*s.layer, h, pos);
-          const std::vector<bool> all(static_cast<std::size_t>(pos) + 1, true);
-          // The current set without the victim, and all that arrives later.
-          std::vector<bool> kept(all.size(), false);
-          for (const Pos i : s.resident) {
-            kept[static_cast<std::size_t>(i)] = i != victim;
-          }
-          std::fill(kept.begin() + s.now + 1, kept.end(), true);
-          harm += (softmax_over(logits, v, all).output - softmax_over(logits, v, kept).output).squaredNorm();
+      out.push_back(harm(s, {victim}));
+    }
+    const std::size_t budget = static_cast<std::size_t>(s.budget);
+    if (s.slots.size() <= budget + 1) {
+      return out;
+    }
+    const std::size_t surplus = s.slots.size() - budget;
+    std::vector<Pos> gone;
+    for (std::size_t n = 0; n < surplus; ++n) {
+      std::size_t best = 0;
+      double least = kInfinity;
+      for (std::size_t i = 0; i < s.slots.size(); ++i) {
+        if (std::find(gone.begin(), gone.end(), s.slots[i]) != gone.end()) {
+          continue;
+        }
+        std::vector<Pos> without = gone;
+        without.push_back(s.slots[i]);
+        const double h = harm(s, without);
+        if (h < least) {
+          least = h;
+          best = i;
         }
       }
-      out.push_back(harm);
+      gone.push_back(s.slots[best]);
+      out[best] = -static_cast<double>(surplus - n);
     }
     return out;
   }
 
  private:
+  // Squared error over the next steps if these leave the current set and all that arrives later stays.
+  double harm(const SetState& s, const std::vector<Pos>& gone) const {
+    const Pos last = std::min(s.now + horizon_, s.layer->options.n_tokens - 1);
+    double sum = 0;
+    for (const int h : s.q_heads) {
+      const MatD& v = s.layer->v[static_cast<std::size_t>(s.layer->kv_head(h))];
+      for (Pos pos = s.now + 1; pos <= last; ++pos) {
+        const Eigen::VectorXd logits = logits_at(*s.layer, h, pos);
+        const std::vector<bool> all(static_cast<std::size_t>(pos) + 1, true);
+        std::vector<bool> kept(all.size(), false);
+        for (const Pos i : s.resident) {
+          kept[static_cast<std::size_t>(i)] = std::find(gone.begin(), gone.end(), i) == gone.end();
+        }
+        std::fill(kept.begin() + s.now + 1, kept.end(), true);
+        sum += (softmax_over(logits, v, all).output - softmax_over(logits, v, kept).output).squaredNorm();
+      }
+    }
+    return sum;
+  }
+
   int horizon_;
 };
 
@@ -356,7 +395,7 @@ class SetReplay {
     } else if (request_.traits.pool == Pool::decode) {
       pinned_ = whole;
     }
-    state_.budget = request_.budget;
+    state_.budget = request_.budgets.empty() ? request_.budget : request_.budgets[static_cast<std::size_t>(set_)];
     if (request_.traits.pool == Pool::all) {
       cut(*selector_, whole);
     }
@@ -528,13 +567,21 @@ SelectionResult check_selection(const ToyLayer& layer, const SelectionRequest& r
   return replay(layer, request, &recorded);
 }
 
-std::vector<bool> reference_topk(const ToyLayer& layer, int q_head, Pos now, int n) {
-  const Eigen::VectorXd logits = logits_at(layer, q_head, now);
+std::vector<bool> reference_topk(const ToyLayer& layer, int q_head, Pos now, int n, bool together) {
+  const int group = layer.options.group_size;
+  const int first = together ? q_head / group * group : q_head, heads = together ? group : 1;
+  Eigen::VectorXd attention = Eigen::VectorXd::Zero(now + 1);
+  for (int h = first; h < first + heads; ++h) {
+    attention += softmax_over(logits_at(layer, h, now), layer.v[static_cast<std::size_t>(layer.kv_head(h))],
+                              std::vector<bool>(static_cast<std::size_t>(now) + 1, true))
+                     .weight /
+                 heads;
+  }
   std::vector<std::size_t> order(static_cast<std::size_t>(now) + 1);
   std::iota(order.begin(), order.end(), std::size_t{0});
-  // Ties drop the older token: of equal logits the later comes first.
+  // Ties drop the older token: of equals the later comes first.
   std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-    const double x = logits[static_cast<Eigen::Index>(a)], y = logits[static_cast<Eigen::Index>(b)];
+    const double x = attention[static_cast<Eigen::Index>(a)], y = attention[static_cast<Eigen::Index>(b)];
     return x != y ? x > y : a > b;
   });
   std::vector<bool> chosen(order.size(), false);

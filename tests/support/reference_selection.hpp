@@ -61,8 +61,9 @@ MakeSelector reference_keydiff();
 MakeSelector reference_momentum(double alpha = 0.97);
 struct Residual {
   int sink = 1, window_prefill = 32, window_decode = 8;
-  bool re_rank = true;
-  double ewma = 0;  // 0: the current query alone
+  bool re_rank = true;  // false: attention alone cuts the prompt
+  double ewma = 0;      // 0: the current query alone
+  bool accumulate_prefill = true;
 };
 MakeSelector reference_residual(const Residual& settings = {});
 MakeSelector reference_oracle_mass();
@@ -73,6 +74,7 @@ struct SelectionRequest {
   MakeSelector select;
   int budget = 0;
   bool budgeted = true;
+  std::vector<int> budgets;  // per set, where an allocator made them differ
   // A first selector that cuts the prompt, which is then pinned; needs pool=decode.
   MakeSelector prefill_select;
   int prefill_budget = 0;
@@ -90,7 +92,8 @@ SelectionResult reference_selection(const ToyLayer& layer, const SelectionReques
 SelectionResult check_selection(const ToyLayer& layer, const SelectionRequest& request, const Evicted& recorded);
 
 // Readers: what one query head attends of a full cache at a step, as positions' flags.
-std::vector<bool> reference_topk(const ToyLayer& layer, int q_head, Pos now, int n);
+// The n tokens of highest attention; of a KV head's query heads together (mean) or of each alone.
+std::vector<bool> reference_topk(const ToyLayer& layer, int q_head, Pos now, int n, bool together);
 std::vector<bool> reference_quest(const ToyLayer& layer, int q_head, Pos now, int page, int n_pages);
 
 // KIVI on a full cache: keys quantised per channel in groups of tokens, values per token in groups
