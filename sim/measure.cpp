@@ -89,34 +89,38 @@ struct Meter::Sums {
     }
   }
 
-  // start + columns. With `all_z` the caller wants all - sum: in double for the rows where floats could not tell.
+  // Adds the weights of all columns to z.
   template <class ForEach>
-  static Sums add(const Rows& rows, const Sums& start, ForEach for_each, const Eigen::ArrayXd* all_z) {
-    Sums sums = start;
+  static void add_weights(const Rows& rows, ForEach for_each, Eigen::ArrayXd& z) {
     for_each([&](const float* weights, const float*, int lo, int hi) {
       if (lo >= hi) {
         return;
       }
       rows.own(weights, lo, hi,
-               [&](const auto& x) { sums.z.segment(lo * rows.heads, x.size()) += x.template cast<double>(); });
+               [&](const auto& x) { z.segment(lo * rows.heads, x.size()) += x.template cast<double>(); });
     });
+  }
+
+  // Adds weight * value of all columns to num, whose z is known. With `all_z` the caller wants all - sum: in double for
+  // the rows where floats could not tell.
+  template <class ForEach>
+  void multiply(const Rows& rows, ForEach for_each, const Eigen::ArrayXd* all_z) {
     std::vector<int> fine;
     for (int r = 0; all_z && r < rows.size(); ++r) {
-      if ((*all_z)[r] - sums.z[r] <= kFloatShare * (*all_z)[r]) {
+      if ((*all_z)[r] - z[r] <= kFloatShare * (*all_z)[r]) {
         fine.push_back(r);
       }
     }
     if (int(fine.size()) > rows.size() / 4) {
-      add_products<double>(rows, {}, for_each, sums.num);
-      return sums;
+      add_products<double>(rows, {}, for_each, num);
+      return;
     }
-    add_products<float>(rows, {}, for_each, sums.num);
+    MatD fine_num = num(fine, Eigen::all);
+    add_products<float>(rows, {}, for_each, num);
     if (!fine.empty()) {
-      MatD num = start.num(fine, Eigen::all);
-      add_products<double>(rows, fine, for_each, num);
-      sums.num(fine, Eigen::all) = num;
+      add_products<double>(rows, fine, for_each, fine_num);
+      num(fine, Eigen::all) = fine_num;
     }
-    return sums;
   }
 };
 
@@ -175,10 +179,18 @@ void Meter::block(const Set& set, Lane& lane, HeadErrors* errors) {
 void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors* errors) {
   const ExactBlock& e = set.exact(lane);
   const int n_rows = rows.size();
-  const Sums all{rows.pick(e.num), rows.pick(e.z)};
+  MatD picked;
+  if (rows.heads != rows.group) {
+    picked = rows.pick(e.num);
+  }
+  const MatD& all_num = rows.heads != rows.group ? picked : e.num;  // (rows, v_head_dim) over all tokens
+  const Eigen::ArrayXd all_z = rows.pick(e.z);
   const Eigen::ArrayXf max_logit = rows.pick(e.max_logit);
-  const Sums none{MatD::Zero(n_rows, rows.dim), Eigen::ArrayXd::Zero(n_rows)};
-  const Sums pinned = set.prompt_by_prefix() ? Sums{rows.pick(e.num_prompt), rows.pick(e.z_prompt)} : none;
+  // Where sums over what is attended begin: a prompt pinned by prefix is in them already.
+  const auto start = [&] {
+    return set.prompt_by_prefix() ? Sums{rows.pick(e.num_prompt), rows.pick(e.z_prompt)}
+                                  : Sums{MatD::Zero(n_rows, rows.dim), Eigen::ArrayXd::Zero(n_rows)};
+  };
   const bool with_f_e = options_.metrics.needs_evicted_output();
 
   const auto evicted_tokens = [&](auto use) {
@@ -198,44 +210,58 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     }
   };
 
-  // Retained and evicted tokens: sum the smaller side, the other is what is left of all.
-  const auto rest = [&](const Sums& x) { return Sums{all.num - x.num, all.z - x.z}; };
-  const Eigen::ArrayXd* all_z = with_f_e ? &all.z : nullptr;
-  Sums retained, evicted, output;
-  bool evicted_by_difference = true;
+  // Retained and evicted tokens: one side is summed, the smaller one, and the other is what is left of all.
+  Sums direct;
+  bool retained_is_direct = true;
+  Eigen::ArrayXd retained_z, evicted_z;
   if (set.reads()) {
-    retained = set.rewrites() ? Sums{lane.read_plain_num, lane.read_plain_z} : Sums{lane.read_num, lane.read_z};
-    evicted = rest(retained);
-    if (set.rewrites()) {
-      output = {lane.read_num, lane.read_z};
-    }
+    direct = set.rewrites() ? Sums{lane.read_plain_num, lane.read_plain_z} : Sums{lane.read_num, lane.read_z};
   } else {
-    if (lane.evicted.size() < lane.slots.size() + lane.pinned.size()) {
-      evicted = Sums::add(rows, none, evicted_tokens, all_z);
-      retained = rest(evicted);
-      evicted_by_difference = false;
-    } else {
-      retained = Sums::add(rows, pinned, retained_tokens, all_z);
-      evicted = rest(retained);
-    }
-    // What the method itself returns, where it is not the retained tokens as they were.
+    Eigen::ArrayXd z;
     if (set.rewrites()) {
-      output = Sums::add(rows, pinned, attended_columns, nullptr);
+      z = start().z;
+      Sums::add_weights(rows, retained_tokens, z);
+    } else {
+      z = rows.pick(lane.z);
+    }
+    retained_is_direct =
+        lane.evicted.size() >= lane.slots.size() + lane.pinned.size() || (!with_f_e && (z < kFloatShare * all_z).any());
+    if (retained_is_direct) {
+      direct = start();
+      direct.z = z;
+      direct.multiply(rows, retained_tokens, with_f_e ? &all_z : nullptr);
+    } else {
+      direct = {MatD::Zero(n_rows, rows.dim), Eigen::ArrayXd::Zero(n_rows)};
+      Sums::add_weights(rows, evicted_tokens, direct.z);
+      direct.multiply(rows, evicted_tokens, with_f_e ? &all_z : nullptr);
     }
   }
-  const Sums& own = set.rewrites() ? output : retained;
-  evicted.z = evicted.z.max(0.0);
-  if (evicted_by_difference && !set.reads() && options_.metrics.has(Metric::log_mass_ratio) && !compensators_.empty() &&
-      !lane.evicted.empty() && (evicted.z < kExactDifference * all.z).any()) {
-    evicted.z.setZero();
-    evicted_tokens([&](const float* weights, const float*, int lo, int hi) {
-      if (lo >= hi) {
-        return;
-      }
-      rows.own(weights, lo, hi,
-               [&](const auto& x) { evicted.z.segment(lo * rows.heads, x.size()) += x.template cast<double>(); });
-    });
+  (retained_is_direct ? retained_z : evicted_z) = direct.z;
+  (retained_is_direct ? evicted_z : retained_z) = (all_z - direct.z).max(0.0);
+  if (retained_is_direct && !set.reads() && options_.metrics.has(Metric::log_mass_ratio) && !compensators_.empty() &&
+      !lane.evicted.empty() && (evicted_z < kExactDifference * all_z).any()) {
+    evicted_z.setZero();
+    Sums::add_weights(rows, evicted_tokens, evicted_z);
   }
+  // Writes one row's output over the retained, or over the evicted tokens.
+  const auto side = [&](bool retained, int r, Eigen::RowVectorXd& out) {
+    const double z = retained ? retained_z[r] : evicted_z[r];
+    if (retained == retained_is_direct) {
+      out = direct.num.row(r) / z;
+    } else {
+      out = (all_num.row(r) - direct.num.row(r)) / z;
+    }
+  };
+  // What the method itself returns, where it is not the retained tokens as they were.
+  Sums output;
+  if (set.rewrites() && set.reads()) {
+    output = {lane.read_num, lane.read_z};
+  } else if (set.rewrites()) {
+    output = start();
+    output.z = rows.pick(lane.z);
+    output.multiply(rows, attended_columns, nullptr);
+  }
+  const Eigen::ArrayXd& own_z = set.rewrites() ? output.z : retained_z;
 
   std::vector<int> n_missing(std::size_t(rows.steps), 0);  // evicted tokens that each step misses
   {
@@ -328,7 +354,7 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     const int step = r / rows.heads;
     Out& o = outs[std::size_t(r % rows.heads)];
     const int head = lane.kv_head * layer_.group_size + lane.first_head + r % rows.heads;
-    f = all.num.row(r) / all.z[r];
+    f = all_num.row(r) / all_z[r];
     const double norm_f = f.norm();
     if (keeps) {
       keep(cell_.outputs.full, head, step, f);
@@ -345,7 +371,7 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     const int n_seen = e.begin + step + 1;
     const bool complete =
         set.reads() ? int(lane.read[std::size_t(r)].size()) == n_seen : n_missing[std::size_t(step)] == 0;
-    const double w_e = complete ? 0 : std::min(1.0, evicted.z[r] / all.z[r]);
+    const double w_e = complete ? 0 : std::min(1.0, evicted_z[r] / all_z[r]);
     put(o.evicted_mass, step, w_e);
     if (complete && keeps) {
       keep(cell_.outputs.retained, head, step, f);
@@ -358,7 +384,7 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
       }
       continue;
     }
-    const bool usable = (complete || retained.z[r] >= kLeastRetained) && own.z[r] >= kLeastRetained && norm_f > 0;
+    const bool usable = (complete || retained_z[r] >= kLeastRetained) && own_z[r] >= kLeastRetained && norm_f > 0;
     if (!usable) {
       if (errors) {
         const auto nan = Eigen::RowVectorXf::Constant(rows.dim, kSkipped);
@@ -371,11 +397,16 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
       continue;
     }
 
-    f_r = complete ? f : Eigen::RowVectorXd(retained.num.row(r) / retained.z[r]);
+    if (complete) {
+      f_r = f;
+    } else {
+      side(true, r, f_r);
+    }
     if (keeps) {
       keep(cell_.outputs.retained, head, step, f_r);
-      if (!complete && evicted.z[r] > 0) {
-        keep(cell_.outputs.evicted, head, step, Eigen::RowVectorXd(evicted.num.row(r) / evicted.z[r]));
+      if (!complete && evicted_z[r] > 0) {
+        side(false, r, f_e);
+        keep(cell_.outputs.evicted, head, step, f_e);
       }
       for (std::size_t c = 0; c < estimates.size(); ++c) {
         keep(cell_.outputs.estimate[c], head, step, estimates[c].value.row(r));
@@ -386,19 +417,23 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     if (errors) {
       keep_error(errors->plain, difference);
     }
-    f_own = set.rewrites() ? Eigen::RowVectorXd(own.num.row(r) / own.z[r]) : f_r;
+    if (set.rewrites()) {
+      f_own = output.num.row(r) / own_z[r];
+    } else {
+      f_own = f_r;
+    }
     difference = f - f_own;
     double error_output = difference.norm() / norm_f;
     if (errors && acting_ < 0) {
       keep_error(errors->output, difference);
     }
 
-    const double ln_z_own = std::log(own.z[r]) + double(max_logit[r]);
-    const double ln_z_e = std::log(evicted.z[r]) + double(max_logit[r]);
+    const double ln_z_own = std::log(own_z[r]) + double(max_logit[r]);
+    const double ln_z_e = std::log(evicted_z[r]) + double(max_logit[r]);
     const bool sees_f_e = !complete && with_f_e && w_e >= kLeastEvicted;
     double norm_e = 0;
     if (sees_f_e) {
-      f_e = evicted.num.row(r) / evicted.z[r];
+      side(false, r, f_e);
       norm_e = f_e.norm();
       const double norm_r = f_r.norm();
       if (norm_e > 0 && norm_r > 0) {
@@ -423,7 +458,11 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
       const bool any = ln_z_hat > -std::numeric_limits<double>::infinity();
       // The share that the estimate gets of the whole; exp of the difference alone, never of a logit.
       const double w_hat = any ? 1 / (1 + std::exp(std::clamp(ln_z_own - ln_z_hat, -700.0, 700.0))) : 0;
-      correction = any ? Eigen::RowVectorXd(value - f_own) : Eigen::RowVectorXd::Zero(rows.dim);
+      if (any) {
+        correction = value - f_own;
+      } else {
+        correction.setZero(rows.dim);
+      }
       difference = f - f_own - w_hat * correction;
       const double corrected = difference.norm() / norm_f;
       put(o.corrected[c], step, corrected);
@@ -439,7 +478,7 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
       if (complete || !any) {
         continue;
       }
-      if (evicted.z[r] > 0) {
+      if (evicted_z[r] > 0) {
         put(o.log_ratio[c], step, ln_z_e - ln_z_hat);
       }
       if (o.exact_mass[c]) {

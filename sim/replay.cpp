@@ -91,6 +91,12 @@ class Replay {
     for (std::size_t j = 0; j < running_.size(); ++j) {
       finish(j);
     }
+    for (double s : prefill_seconds_) {
+      result_.prefill_seconds += s;
+    }
+    for (double s : exact_seconds_) {
+      result_.exact_seconds += s;
+    }
     return std::move(result_);
   }
 
