@@ -195,20 +195,26 @@ class Momentum : public ReferenceSelector {
 class ResidualSelector : public ReferenceSelector {
  public:
   explicit ResidualSelector(const Residual& settings) : set_(settings) {}
-  // The average starts from what the prompt's last queries say; with a pinned prompt, from nothing.
+  // Decayed mean over a token's own life, so that newcomers are not taken for weak. What the prompt's last queries say
+  // counts as one full mean.
   void prefill(const SetState& s) override {
-    average_ = received(s, set_.window_prefill) / std::min(set_.window_prefill, s.now + 1);
+    sum_ = received(s, set_.window_prefill) / std::min(set_.window_prefill, s.now + 1);
+    weight_ = Eigen::VectorXd::Zero(sum_.size());
+    weight_.head(s.now + 1).setOnes();
   }
   void observe(const SetState& s) override {
     const Eigen::VectorXd now = s.attention(s.now);
-    if (average_.size() == 0) {
-      average_ = Eigen::VectorXd::Zero(now.size());
+    if (sum_.size() == 0) {
+      sum_ = weight_ = Eigen::VectorXd::Zero(now.size());
     }
-    average_ = set_.ewma * average_ + (1 - set_.ewma) * now;
+    for (const Pos pos : s.slots) {
+      sum_[pos] = set_.ewma * sum_[pos] + (1 - set_.ewma) * now[pos];
+      weight_[pos] = set_.ewma * weight_[pos] + (1 - set_.ewma);
+    }
   }
   std::vector<double> score(const SetState& s) override {
     const int window = s.at_prefill() ? set_.window_prefill : set_.window_decode;
-    const Eigen::VectorXd attention = s.at_prefill() ? received(s, set_.window_prefill) : average_;
+    const Eigen::VectorXd attention = sum_.array() / weight_.array().max(1e-300);
     std::vector<Pos> gone = gone_;
     if (s.at_prefill() && set_.re_rank) {
       // Who leaves by attention alone makes the moments by which all are ranked again.
@@ -245,7 +251,7 @@ class ResidualSelector : public ReferenceSelector {
 
  private:
   Residual set_;
-  Eigen::VectorXd average_;  // (n_tokens)
+  Eigen::VectorXd sum_, weight_;  // (n_tokens) decayed attention, and what it would be if all of it were 1
   std::vector<Pos> gone_;
 };
 
