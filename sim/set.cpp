@@ -625,6 +625,7 @@ void Set::arrive(int step) {
     lane.bytes += slot_bytes();
   }
   pos = positions_;
+  select_->observe(*this);
 }
 
 void Set::attend() {
@@ -632,8 +633,6 @@ void Set::attend() {
     lane.n_resident[step_] = int(positions_.size() + lane.pinned.size()) + (prompt_by_prefix() ? prompt_len : 0);
     lane.step_bytes[step_] = lane.step_bytes_read[step_] = lane.bytes;
   }
-  effect_ = step_ + 1;
-  select_->observe(*this);
   if (read_) {
     run_reader();
   }

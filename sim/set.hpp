@@ -99,8 +99,8 @@ class Set final : public Cache, public Future {
 
   void begin_block(int n_steps);
   // A decode step, in the order in which it runs; evict_scores leaves `scores` empty if nothing has to go.
-  void arrive(int step);
-  void attend();
+  void arrive(int step);  // the selector observes
+  void attend();          // the reader chooses
   void evict_scores(std::vector<float>& scores);
   void evict(const std::vector<float>& scores);
   void finish();

@@ -216,8 +216,9 @@ class ResidualSelector : public ReferenceSelector {
     const int window = s.at_prefill() ? set_.window_prefill : set_.window_decode;
     const Eigen::VectorXd attention = sum_.array() / weight_.array().max(1e-300);
     std::vector<Pos> gone = gone_;
-    if (s.at_prefill() && set_.re_rank) {
-      // Who leaves by attention alone makes the moments by which all are ranked again.
+    if (s.at_prefill() && set_.re_rank && set_.accumulate_prefill) {
+      // Who leaves by attention alone makes the moments by which all are ranked again; where the prompt stays out of
+      // the moments there are none yet.
       std::vector<double> alone = pick(attention, s.slots);
       protect_ends(s, set_.sink, window, alone);
       std::vector<std::size_t> order(alone.size());
