@@ -85,7 +85,7 @@ class H2o : public ReferenceSelector {
     for (const Pos pos : s.slots) {
       out.push_back(by_age_ ? sum_[pos] / (s.now - pos + 1) : sum_[pos]);
     }
-    protect_ends(s, sink_, window_.of(s.budget), out);
+    protect_ends(s, sink_, window_.of(s.asked), out);
     return out;
   }
 
@@ -224,7 +224,7 @@ class ResidualSelector : public ReferenceSelector {
       std::vector<std::size_t> order(alone.size());
       std::iota(order.begin(), order.end(), std::size_t{0});
       std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return alone[a] < alone[b]; });
-      for (std::size_t i = 0; i + static_cast<std::size_t>(s.budget) < order.size(); ++i) {
+      for (std::size_t i = 0; i + static_cast<std::size_t>(s.asked) < order.size(); ++i) {
         gone.push_back(s.slots[order[i]]);
       }
     }
@@ -395,13 +395,14 @@ class SetReplay {
     selector_ = request_.select(layer_);
     if (request_.prefill_select) {
       const std::unique_ptr<ReferenceSelector> first = request_.prefill_select(layer_);
-      state_.budget = request_.prefill_budget;
+      state_.budget = state_.asked = request_.prefill_budget;
       cut(*first, whole);
       pinned_ = state_.slots;
       state_.slots.clear();
     } else if (request_.traits.pool == Pool::decode) {
       pinned_ = whole;
     }
+    state_.asked = request_.budget;
     state_.budget = request_.budgets.empty() ? request_.budget : request_.budgets[static_cast<std::size_t>(set_)];
     if (request_.traits.pool == Pool::all) {
       cut(*selector_, whole);
