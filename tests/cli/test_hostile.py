@@ -158,9 +158,9 @@ def test_verify_names_what_was_changed(trace, tmp_path, name, at):
     assert "content_hash" in done.stderr and done.stderr.count("\n") == 1
 
 
-def lengths(damage, objects=1):
+def with_a_length_too_long(whole):
     """A trace whose text attributes of variable length, which HDF5 does not protect, point beyond their heap."""
-    raw = bytearray(damage)
+    raw = bytearray(whole)
     at = raw.find(b"GCOL")
     assert at >= 0
     raw[at + 16 + 8 + 5] = 0x40  # the size of the first object, beyond any file
@@ -171,7 +171,7 @@ def test_damaged_heap_of_texts(tmp_path):
     path = make(tmp_path / "a.h5")
     with h5py.File(path, "r+") as f:
         f["model"].attrs["name"] = "a text of variable length"
-    path.write_bytes(lengths(path.read_bytes()))
+    path.write_bytes(with_a_length_too_long(path.read_bytes()))
     for done in (run(path, tmp_path / "out", *H2O, timeout=30), kvreplay("info", path, timeout=30)):
         assert_refused(done, 3, "a.h5")
 
@@ -288,6 +288,22 @@ def test_interrupted(long_trace, tmp_path, which, times):
         cells = set(zip(f["cells/layer"][:].astype(str), f["cells/label"].asstr()[:], f["cells/budget"].asstr()[:]))
     assert cells == {(row["layer"], row["label"], row["budget"]) for row in table}
     assert len(cells) < 3 * 8
+
+
+def test_interrupted_before_the_first_step(long_trace, tmp_path):
+    """The cut of the prompt can take long, too."""
+    out = tmp_path / "out"
+    process = subprocess.Popen([KVREPLAY, "run", long_trace, "-m", "oracle_greedy:horizon=2000", "-b", "16", "-j", "1",
+                                "--prompt-len", "1500", "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    when_begun(out, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)  # whoever asks twice means it
+    try:
+        process.communicate(timeout=5)
+    finally:
+        process.kill()
+    assert process.returncode in (130, -signal.SIGINT)
 
 
 def assert_failed_cleanly(done, out):

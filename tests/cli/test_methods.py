@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import subprocess
 
+import h5py
 import numpy as np
 import pytest
 
-from harness import arrays, assert_numbers, final_files, good_run, kvreplay, pick, rows, run, write
+from harness import KVREPLAY, arrays, assert_numbers, final_files, good_run, kvreplay, pick, write
 
 N_TOKENS, PROMPT = 80, 48
 
@@ -152,6 +154,25 @@ def test_tokens_attended(tmp_path, method, peak):
     assert set(pick(table, "attended", "max")) == {peak}
 
 
+@pytest.mark.parametrize("method, kept, peak", [
+    ("h2o/momentum", 8, 8 + 9),                                    # no budget of its own: the run's
+    ("streaming/momentum:scope=kv_head", 8, 8 + 9),
+    ("h2o:scope=query_head/momentum:scope=query_head", 8, 8 + 9),
+    ("h2o:budget=12/momentum", 12, 12 + 9),
+    ("snapkv:budget=25%,obs_window=4/momentum", 12, 12 + 9),       # of the prompt's 48 tokens
+    ("knorm:budget=1KiB/streaming", 16, 16 + 9),                   # 64 bytes a token
+    ("h2o:budget=1000/momentum", PROMPT, PROMPT + 9),
+])
+def test_one_selector_for_the_prompt_and_one_for_the_rest(tmp_path, method, kept, peak):
+    path = trace(tmp_path / "t.h5")
+    table = good_run(path, tmp_path / "out", "-m", method, "-b", "8", "--detail", "retained")
+    with h5py.File(tmp_path / "out" / "results.h5") as f:
+        at = f["evicted_at/000000"][:]
+    assert {int((row[:PROMPT] != 0).sum()) for row in at} == {kept}
+    assert set(at[:, :PROMPT].ravel()) <= {0, N_TOKENS - PROMPT}   # what the cut left stands
+    assert set(pick(table, "attended", "max")) == {peak}
+
+
 def test_allocators_keep_the_total(tmp_path):
     table = good_run(trace(tmp_path / "t.h5", layers=(0, 1, 2), n_heads=8, n_kv_heads=4), tmp_path / "out", "-m",
                      "h2o+adakv,h2o+pyramid:window=0,h2o", "-b", "12")
@@ -164,10 +185,7 @@ def test_allocators_keep_the_total(tmp_path):
 
 def test_texts_that_are_no_utf8(tmp_path):
     path = trace(tmp_path / "t.h5", write_options={"model_name": "plain"})
-    odd = tmp_path / "odd".encode().decode()
-    odd = str(odd).encode() + b"\xff"
-    import subprocess
-    from harness import KVREPLAY
+    odd = str(tmp_path / "odd").encode() + b"\xff"
     done = subprocess.run([KVREPLAY, "run", str(path), "-m", "h2o", "-b", "8", "-j", "1", "--out", odd], capture_output=True)
     assert done.returncode == 0, done.stderr
     assert final_files(odd.decode(errors="surrogateescape")) == ["results.h5", "run.json", "summary.csv"]

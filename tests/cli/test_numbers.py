@@ -138,7 +138,7 @@ def test_against_numpy(numbers, tmp_path, method):
         row, name = found[key], key[1]
         tolerance = 1e-5 if name in ("evicted_mass", "error", "error_output") else 1e-4
         if key[2] == "gaussian":
-            tolerance = 1e-3  # its radii are bounds
+            tolerance = 5e-3  # its radii are bounds
         assert row["n"] == len(values), key
         assert row["mean"] == pytest.approx(np.mean(values), rel=tolerance, abs=tolerance / 10), key
         assert row["max"] == pytest.approx(np.max(values), rel=tolerance, abs=tolerance / 10), key

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from harness import arrays, good_run, kvreplay, kvtrace, pick, rows, run, write
+from harness import arrays, assert_refused, good_run, kvreplay, kvtrace, pick, rows, run, write
 
 METHODS = ["random", "streaming", "h2o", "tova", "snapkv:obs_window=4,decode=evict", "knorm", "keydiff", "momentum",
            "momentkv", "residual", "oracle_mass", "full+topk", "h2o:scope=query_head", "h2o+adakv",
@@ -147,6 +147,15 @@ def test_outputs_are_what_the_errors_say(full):
             assert np.allclose((1 - w) * kept + w * np.nan_to_num(lost), whole, rtol=1e-3, atol=1e-5), label
 
 
+def test_steps_may_come_in_any_order_and_twice(trace, tmp_path):
+    good_run(trace, tmp_path / "out", "-m", "h2o", "-b", "16", "--detail", "outputs,steps", "--steps", "7,3,7")
+    with h5py.File(tmp_path / "out" / "results.h5") as f:
+        out, at = f["outputs/000000"], f["outputs/000000"].attrs["steps"]
+        assert set(at) == {3, 7}
+        error = np.linalg.norm(out["f"][:] - out["f_R"][:], axis=2) / np.linalg.norm(out["f"][:], axis=2)
+        assert np.allclose(error, f["steps/000000/error"][:][:, at], rtol=1e-3, atol=1e-6)
+
+
 def test_retained_is_what_resident_says(full):
     with h5py.File(full / "results.h5") as f:
         for cell, _, label, _ in cells(f):
@@ -185,7 +194,6 @@ def test_recorded_evictions_replay_to_the_same_errors(trace, full, tmp_path):
     (lambda p: kvtrace.write_evicted_at(p, {i: np.full((2, N), N, np.int32) for i in (0, 1)}), ("L000", str(N))),
 ])
 def test_recorded_evictions_that_are_none(trace, tmp_path, damage, words):
-    from harness import assert_refused
     path = tmp_path / "e.h5"
     kvtrace.write_evicted_at(path, {i: np.zeros((2, N), np.int32) for i in (0, 1)})
     damage(path)

@@ -1,11 +1,13 @@
 """What the command line refuses: one sentence on stderr, exit 2, and nothing is made."""
 
+import hashlib
 import os
 import shutil
+import subprocess
 
 import pytest
 
-from harness import assert_refused, final_files, good_run, kvreplay, make, pick, run
+from harness import KVREPLAY, assert_refused, final_files, good_run, kvreplay, make, pick, run
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +139,6 @@ def test_other_commands(arguments, words):
 
 def test_results_that_cannot_be_printed():
     with open("/dev/full", "w") as full:
-        import subprocess
-        from harness import KVREPLAY
         done = subprocess.run([KVREPLAY, "policies"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("kvreplay: ")
@@ -184,7 +184,6 @@ def test_a_table_is_what_it_holds(trace, tmp_path):
 @pytest.mark.parametrize("method, extra", [("momentum:alpha=@{}", ()), ("h2o+gaussian:strength=@{}", ()),
                                            ("h2o+adakv:alpha=@{}", ()), ("h2o", ("-c", "gaussian:strength=@{}"))])
 def test_the_hash_of_a_table_enters_the_results(trace, tmp_path, method, extra):
-    import hashlib
     table = tmp_path / "values.json"
     table.write_text('{"0": 0.5, "1": 0.9}')
     good_run(trace, tmp_path / "out", "-m", method.format(table), "-b", "8", *(e.format(table) for e in extra))
