@@ -12,14 +12,12 @@ struct Suffix {
   std::string_view text;
   double factor;
 };
-constexpr Suffix kSuffixes[] = {
-    {"KiB", 1024}, {"MiB", 1024 * 1024}, {"B", 1}};  // "B" last: all end so
+constexpr Suffix kSuffixes[] = {{"KiB", 1024}, {"MiB", 1024 * 1024}, {"B", 1}};  // "B" last: all end so
 
 [[noreturn]] void refuse(const std::string& text, const std::string& why) {
-  throw ConfigError(
-      "budget '" + text + "' " + why +
-      "; a budget is tokens (128), a fraction of the prompt (0.25 or 25%) or bytes per "
-      "KV head (65536B, 64KiB, 1MiB)");
+  throw ConfigError("budget '" + text + "' " + why +
+                    "; a budget is tokens (128), a fraction of the prompt (0.25 or 25%) or bytes per "
+                    "KV head (65536B, 64KiB, 1MiB)");
 }
 
 }  // namespace
@@ -68,8 +66,7 @@ Budget Budget::parse(const std::string& text) {
   return b;
 }
 
-int Budget::tokens(Pos prompt_len, double slot_bytes, double state_bytes,
-                   int sets_per_kv_head) const {
+int Budget::tokens(Pos prompt_len, double slot_bytes, double state_bytes, int sets_per_kv_head) const {
   constexpr double kRound = 1e-9;  // 0.29 of 100 is 29 tokens
   switch (unit) {
     case Unit::none:
@@ -85,13 +82,10 @@ int Budget::tokens(Pos prompt_len, double slot_bytes, double state_bytes,
   const double n = std::floor((value - state_bytes) / one + kRound);
   if (n < 1) {
     throw ConfigError(
-        "budget '" + text + "' does not hold one token: at least " +
-        format_number(std::ceil(state_bytes + one)) + " bytes per KV head are needed (" +
-        format_number(one) + " for a token's key and value" +
+        "budget '" + text + "' does not hold one token: at least " + format_number(std::ceil(state_bytes + one)) +
+        " bytes per KV head are needed (" + format_number(one) + " for a token's key and value" +
         (sets_per_kv_head > 1 ? " in each query head's set" : "") +
-        (state_bytes > 0 ? ", " + format_number(state_bytes) + " for what the method keeps beside"
-                         : "") +
-        ")");
+        (state_bytes > 0 ? ", " + format_number(state_bytes) + " for what the method keeps beside" : "") + ")");
   }
   return static_cast<int>(std::min(n, kUnbounded));
 }

@@ -14,16 +14,32 @@ namespace {
 
 constexpr const PartInfo* kParts[] = {
     // select
-    &full, &random, &streaming, &h2o, &tova, &snapkv, &knorm, &keydiff, &momentum, &residual, &given,
-    &oracle_mass, &oracle_greedy,
+    &full,
+    &random,
+    &streaming,
+    &h2o,
+    &tova,
+    &snapkv,
+    &knorm,
+    &keydiff,
+    &momentum,
+    &residual,
+    &given,
+    &oracle_mass,
+    &oracle_greedy,
     // read
-    &quest, &topk,
+    &quest,
+    &topk,
     // allocate
-    &uniform, &adakv, &pyramid,
+    &uniform,
+    &adakv,
+    &pyramid,
     // rewrite
     &kivi,
     // compensate
-    &mean, &moments, &gaussian,
+    &mean,
+    &moments,
+    &gaussian,
 };
 
 constexpr Preset kPresets[] = {

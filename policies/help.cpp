@@ -11,10 +11,10 @@ namespace kvreplay {
 namespace {
 
 constexpr std::string_view kRoles[] = {"select", "read", "allocate", "rewrite", "compensate"};
-constexpr std::string_view kRoleIdeas[] = {
-    "which tokens stay", "which resident tokens a head attends at a step; nothing leaves",
-    "how a total is spread over layers or heads", "how kept tokens are stored",
-    "what is remembered of the evicted tokens and added to the output"};
+constexpr std::string_view kRoleIdeas[] = {"which tokens stay",
+                                           "which resident tokens a head attends at a step; nothing leaves",
+                                           "how a total is spread over layers or heads", "how kept tokens are stored",
+                                           "what is remembered of the evicted tokens and added to the output"};
 
 std::string padded(std::string_view s, std::size_t width) {
   return std::string(s) + std::string(s.size() < width ? width - s.size() : 1, ' ');
@@ -62,8 +62,7 @@ std::string key_text(const ParamInfo& p, const void* config) {
   return text;
 }
 
-void add_keys(std::string& out, std::string_view title, std::span<const ParamInfo> table,
-              const void* config) {
+void add_keys(std::string& out, std::string_view title, std::span<const ParamInfo> table, const void* config) {
   if (table.empty()) {
     return;
   }
@@ -80,8 +79,7 @@ void add_keys(std::string& out, std::string_view title, std::span<const ParamInf
 Traits default_traits(const PartInfo& part) { return part.traits(part.config().get()); }
 
 std::string part_help(const PartInfo& part) {
-  std::string out = std::string(part.name) + " (" +
-                    std::string(kRoles[static_cast<int>(part.role)]) + ": " +
+  std::string out = std::string(part.name) + " (" + std::string(kRoles[static_cast<int>(part.role)]) + ": " +
                     std::string(kRoleIdeas[static_cast<int>(part.role)]) + ")\n";
   add_field(out, "idea", part.summary);
   add_field(out, "paper", part.paper);
@@ -173,9 +171,8 @@ std::string needs_text(const PartInfo& part) {
   if (n.prompt_queries == Needs::kAll) {
     add("the queries of the whole prompt");
   } else if (n.prompt_queries > 0) {
-    add(n.prompt_queries == 1
-            ? "the prompt's last query"
-            : "the prompt's last " + std::to_string(n.prompt_queries) + " queries");
+    add(n.prompt_queries == 1 ? "the prompt's last query"
+                              : "the prompt's last " + std::to_string(n.prompt_queries) + " queries");
   }
   if (!text.empty() && pinned) {
     text += ", with pool=all only";
@@ -199,8 +196,7 @@ std::string list_text() {
   }
   out += "presets: names of papers, and what they stand for\n";
   for (const Preset& p : all_presets()) {
-    out += "  " + padded(p.name, 17) +
-           wrapped(std::string(p.expansion) + ": " + std::string(p.summary), 19) + "\n";
+    out += "  " + padded(p.name, 17) + wrapped(std::string(p.expansion) + ": " + std::string(p.summary), 19) + "\n";
   }
   return out;
 }
@@ -219,8 +215,7 @@ std::string help_text(const std::string& name) {
   for (const Preset& p : all_presets()) {
     valid.emplace_back(p.name);
   }
-  throw ConfigError("no part or preset is called '" + name + "'; the nearest is '" +
-                    nearest(name, valid) + "'");
+  throw ConfigError("no part or preset is called '" + name + "'; the nearest is '" + nearest(name, valid) + "'");
 }
 
 std::string markdown() {
@@ -237,8 +232,7 @@ std::string markdown() {
     }
     for (const PartInfo* p : parts) {
       const std::string oracle = p->foresight == Foresight::oracle ? " (oracle)" : "";
-      add_row(out, {code(p->name), cell(p->summary) + oracle, cell(p->paper), cell(p->deviation),
-                    needs_text(*p)});
+      add_row(out, {code(p->name), cell(p->summary) + oracle, cell(p->paper), cell(p->deviation), needs_text(*p)});
     }
     out += "\n";
     add_row(out, {"part", "key", "default", "type", "allowed", "scale", "meaning"});
@@ -247,10 +241,9 @@ std::string markdown() {
       const auto config = p->config();
       for (const ParamInfo& k : p->params) {
         const std::string half = half_life_text(k, config.get());
-        add_row(out, {code(p->name), code(k.name),
-                      code(default_text(k, config.get())) + (half.empty() ? "" : ", " + half),
-                      std::string(type_name(k.type)), allowed(k), std::string(scale_name(k.scale)),
-                      cell(k.doc)});
+        add_row(out,
+                {code(p->name), code(k.name), code(default_text(k, config.get())) + (half.empty() ? "" : ", " + half),
+                 std::string(type_name(k.type)), allowed(k), std::string(scale_name(k.scale)), cell(k.doc)});
       }
     }
     out += "\n";
@@ -282,8 +275,7 @@ std::string markdown() {
   add_row(out, {"name", "is", "idea", "paper", "deviation"});
   add_row(out, {"---", "---", "---", "---", "---"});
   for (const Preset& p : all_presets()) {
-    add_row(out,
-            {code(p.name), code(p.expansion), cell(p.summary), cell(p.paper), cell(p.deviation)});
+    add_row(out, {code(p.name), code(p.expansion), cell(p.summary), cell(p.paper), cell(p.deviation)});
   }
   return out;
 }

@@ -14,8 +14,7 @@ std::string_view scale_name(Scale scale);    // "one_minus"
 std::string default_text(const ParamInfo& param, const void* config);
 // Steps until a decay of x has halved what it decays; empty where that means nothing.
 std::string half_life_text(const ParamInfo& param, const void* config);
-std::string needs_text(
-    const PartInfo& part);  // of its defaults; empty: nothing beyond the decode steps
+std::string needs_text(const PartInfo& part);  // of its defaults; empty: nothing beyond the decode steps
 
 std::string list_text();                         // all parts by role, and the presets
 std::string help_text(const std::string& name);  // of one part or preset; ConfigError

@@ -12,15 +12,12 @@ namespace {
 
 using Strings = std::vector<std::string>;
 constexpr int kRoles = 5;
-constexpr std::string_view kRoleNames[kRoles] = {"selector", "reader", "allocator", "rewriter",
-                                                 "compensator"};
+constexpr std::string_view kRoleNames[kRoles] = {"selector", "reader", "allocator", "rewriter", "compensator"};
 
 std::string role_name(Role role) { return std::string(kRoleNames[static_cast<int>(role)]); }
 std::string quoted(std::string_view s) { return std::string("'").append(s).append("'"); }
 bool letter(char c) { return std::isalpha(static_cast<unsigned char>(c)) != 0; }
-bool in_name(char c) {
-  return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_' || c == '-';
-}
+bool in_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_' || c == '-'; }
 bool starts_method(std::string_view name) {
   const PartInfo* part = find_part(name);
   return find_preset(name) != nullptr || (part != nullptr && part->role == Role::select);
@@ -58,8 +55,7 @@ Strings split_phases(const std::string& text) {
     }
     const std::string_view name = name_at(text, i + 1);
     const std::size_t after = i + 1 + name.size();
-    const bool ends =
-        after == text.size() || text[after] == ':' || text[after] == '+' || text[after] == '/';
+    const bool ends = after == text.size() || text[after] == ':' || text[after] == '+' || text[after] == '/';
     if (ends && starts_method(name)) {
       phases.push_back(text.substr(begin, i - begin));
       begin = i + 1;
@@ -100,8 +96,7 @@ Piece split_piece(const std::string& text) {
     const std::string setting = text.substr(begin, end - begin);
     const std::size_t equals = setting.find('=');
     if (equals == std::string::npos || equals == 0) {
-      throw ConfigError("in " + quoted(text) + " the piece " + quoted(setting) +
-                        " is not key=value");
+      throw ConfigError("in " + quoted(text) + " the piece " + quoted(setting) + " is not key=value");
     }
     piece.settings.emplace_back(setting.substr(0, equals), setting.substr(equals + 1));
     begin = end + 1;
@@ -118,15 +113,13 @@ struct Phase {
   std::string preset;
 
   const Setting* written(std::string_view key) const {
-    const auto it = std::find_if(engine.begin(), engine.end(),
-                                 [&](const Setting& s) { return s.param->name == key; });
+    const auto it = std::find_if(engine.begin(), engine.end(), [&](const Setting& s) { return s.param->name == key; });
     return it == engine.end() ? nullptr : &*it;
   }
 };
 
 void put(std::vector<Setting>& settings, Setting s) {
-  const auto it = std::find_if(settings.begin(), settings.end(),
-                               [&](const Setting& o) { return o.param == s.param; });
+  const auto it = std::find_if(settings.begin(), settings.end(), [&](const Setting& o) { return o.param == s.param; });
   if (it == settings.end()) {
     settings.push_back(std::move(s));
   } else {
@@ -135,8 +128,7 @@ void put(std::vector<Setting>& settings, Setting s) {
 }
 
 const ParamInfo* find_param(std::span<const ParamInfo> table, std::string_view name) {
-  const auto it =
-      std::find_if(table.begin(), table.end(), [&](const ParamInfo& p) { return p.name == name; });
+  const auto it = std::find_if(table.begin(), table.end(), [&](const ParamInfo& p) { return p.name == name; });
   return it == table.end() ? nullptr : &*it;
 }
 
@@ -154,8 +146,8 @@ void refuse_unknown_phase(const std::string& owner, const std::string& text) {
 Setting read_setting(const std::string& owner, const ParamInfo& param, const std::string& text,
                      const TableReader& read_table, bool per_layer) {
   Setting s{&param, {}, nullptr};
-  const bool number = param.type == ParamType::integer || param.type == ParamType::real ||
-                      param.type == ParamType::tokens;
+  const bool number =
+      param.type == ParamType::integer || param.type == ParamType::real || param.type == ParamType::tokens;
   const std::string key = owner + ": " + std::string(param.name) + "=" + text;
   if (!number || text.empty() || text.front() != '@') {
     if (param.type != ParamType::file) {
@@ -185,8 +177,7 @@ struct Targets {
   std::vector<PartUse*> uses;
 };
 
-void assign(Phase& phase, const Targets& targets, const Piece& piece,
-            const TableReader& read_table) {
+void assign(Phase& phase, const Targets& targets, const Piece& piece, const TableReader& read_table) {
   Strings seen, valid;
   for (const PartUse* use : targets.uses) {
     for (const ParamInfo& p : use->info->params) {
@@ -212,8 +203,7 @@ void assign(Phase& phase, const Targets& targets, const Piece& piece,
         continue;
       }
       const ParamInfo* own = find_param(use->info->params, key);
-      const ParamInfo* engine =
-          use->info->role == Role::select ? find_param(engine_keys(), key) : nullptr;
+      const ParamInfo* engine = use->info->role == Role::select ? find_param(engine_keys(), key) : nullptr;
       if (own != nullptr || engine != nullptr) {
         found.emplace_back(own != nullptr ? use : nullptr, own != nullptr ? own : engine);
       }
@@ -229,10 +219,9 @@ void assign(Phase& phase, const Targets& targets, const Piece& piece,
       for (const std::string& v : valid) {
         all += (all.empty() ? "" : ", ") + v;
       }
-      throw ConfigError(targets.name + " has no key " + quoted(written) +
-                        (valid.empty()
-                             ? "; it takes none"
-                             : "; the nearest is " + quoted(nearest(key, valid)) + " of " + all));
+      throw ConfigError(
+          targets.name + " has no key " + quoted(written) +
+          (valid.empty() ? "; it takes none" : "; the nearest is " + quoted(nearest(key, valid)) + " of " + all));
     }
     if (found.size() > 1) {
       std::string choices;
@@ -241,8 +230,7 @@ void assign(Phase& phase, const Targets& targets, const Piece& piece,
           choices += (choices.empty() ? "" : " or ") + std::string(use->info->name) + "." + key;
         }
       }
-      throw ConfigError(targets.name + ": " + quoted(key) + " is in more than one part; write " +
-                        choices);
+      throw ConfigError(targets.name + ": " + quoted(key) + " is in more than one part; write " + choices);
     }
     const auto [use, param] = found.front();
     put(use != nullptr ? use->settings : phase.engine,
@@ -264,8 +252,8 @@ void assign(Phase& phase, const Targets& targets, const Piece& piece,
   }
   const std::size_t slash = name.rfind('/');
   const std::string last = slash == std::string::npos ? name : name.substr(slash + 1);
-  throw ConfigError("no " + std::string(first ? "selector or preset" : "part") + " is called " +
-                    quoted(last) + "; the nearest is " + quoted(nearest(last, valid)));
+  throw ConfigError("no " + std::string(first ? "selector or preset" : "part") + " is called " + quoted(last) +
+                    "; the nearest is " + quoted(nearest(last, valid)));
 }
 
 PartUse* add_part(Phase& phase, const std::string& name, bool first) {
@@ -277,13 +265,12 @@ PartUse* add_part(Phase& phase, const std::string& name, bool first) {
     refuse_name(name, first);
   }
   if (first && info->role != Role::select) {
-    throw ConfigError(quoted(name) + " is " + (info->role == Role::allocate ? "an " : "a ") +
-                      role_name(info->role) +
+    throw ConfigError(quoted(name) + " is " + (info->role == Role::allocate ? "an " : "a ") + role_name(info->role) +
                       "; a method starts with a selector, for example full+" + name);
   }
   if (const auto it = phase.parts.find(info->role); it != phase.parts.end()) {
-    throw ConfigError(quoted(name) + " and " + quoted(it->second.info->name) + " are both " +
-                      role_name(info->role) + "s; a method has at most one");
+    throw ConfigError(quoted(name) + " and " + quoted(it->second.info->name) + " are both " + role_name(info->role) +
+                      "s; a method has at most one");
   }
   PartUse& use = phase.parts[info->role];
   use.info = info;
@@ -300,6 +287,9 @@ void read_phase(Phase& phase, const std::string& text, const TableReader& read_t
       read_phase(phase, std::string(preset->expansion), read_table);
       phase.preset = piece.name;
       for (auto& [role, use] : phase.parts) {
+        for (Setting& s : use.settings) {
+          s.from_preset = true;
+        }
         targets.uses.push_back(&use);
       }
     } else {
@@ -327,8 +317,7 @@ void tidy(PartUse& use) {
 }
 
 std::string setting_text(const Setting& s) {
-  return std::string(s.param->name) + "=" +
-         (s.table ? "@" + s.table->path : format_value(*s.param, s.value));
+  return std::string(s.param->name) + "=" + (s.table ? "@" + s.table->path : format_value(*s.param, s.value));
 }
 
 std::string part_text(const PartUse& use, const Strings& more) {
@@ -380,8 +369,7 @@ std::vector<std::shared_ptr<void>> configs(const PartUse& use) {
     }
     std::vector<int> here = s.table->layers, both;
     std::sort(here.begin(), here.end());
-    std::set_intersection(layers.begin(), layers.end(), here.begin(), here.end(),
-                          std::back_inserter(both));
+    std::set_intersection(layers.begin(), layers.end(), here.begin(), here.end(), std::back_inserter(both));
     layers = tables ? both : here;
     for (const auto& values : s.table->values) {
       heads = std::max(heads, values.size());
@@ -422,14 +410,12 @@ void refuse_combinations(const Method& m) {
   const auto refuse = [&](const std::string& why) { throw ConfigError(m.label + ": " + why); };
   if (m.allocate) {
     const std::string name = quoted(m.allocate->info->name);
-    const bool over_sets =
-        m.allocate->info->allocate(configs(*m.allocate).front().get())->over_sets();
+    const bool over_sets = m.allocate->info->allocate(configs(*m.allocate).front().get())->over_sets();
     if (!m.select.info->budgeted(configs(m.select).front().get())) {
       refuse("allocator " + name + " has nothing to spread, because " + select + " has no budget");
     }
     if (over_sets && m.traits.scope == Scope::layer) {
-      refuse("allocator " + name +
-             " spreads a budget over the heads of a layer, but with scope=layer " + select +
+      refuse("allocator " + name + " spreads a budget over the heads of a layer, but with scope=layer " + select +
              " keeps one set for all of them; write scope=kv_head or scope=query_head");
     }
     if (over_sets && pinned) {
@@ -471,9 +457,7 @@ Method build(const std::string& label, Phase& phase, Phase* prefill, const Budge
   if (prefill != nullptr) {
     const Setting* pool = phase.written("pool");
     if (pool != nullptr && pool->value.number != static_cast<double>(Pool::decode)) {
-      throw ConfigError(
-          label +
-          ": the selector after the '/' owns the decode tokens alone, so pool=all cannot be");
+      throw ConfigError(label + ": the selector after the '/' owns the decode tokens alone, so pool=all cannot be");
     }
     defaults.pool = Pool::decode;
   }
@@ -539,26 +523,26 @@ Budget take_budget(std::string& phase) {
 
 // What the user wrote for sinks and windows must fit; defaults shrink when the method runs.
 void check_protected(const PartUse& use, int budget) {
-  const auto config = configs(use).front();
-  const auto tokens = [&](const ParamInfo& p) {
-    const ParamValue v = p.get(config.get());
-    return Tokens{v.number, v.percent}.of(budget);
-  };
   const ParamInfo* sink = find_param(use.info->params, "sink");
-  for (const Setting& s : use.settings) {
-    const bool window = s.param->name == "window" || s.param->name == "obs_window";
-    if (s.param->type != ParamType::tokens || s.table || !(window || s.param == sink)) {
-      continue;
+  for (const auto& config : configs(use)) {
+    const auto tokens = [&](const ParamInfo& p) {
+      const ParamValue v = p.get(config.get());
+      return Tokens{v.number, v.percent}.of(budget);
+    };
+    for (const Setting& s : use.settings) {
+      const bool window = s.param->name == "window" || s.param->name == "obs_window";
+      if (s.param->type != ParamType::tokens || s.from_preset || !(window || s.param == sink)) {
+        continue;
+      }
+      const int beside = window && sink != nullptr && sink->type == ParamType::tokens ? tokens(*sink) : 0;
+      if (tokens(*s.param) + beside <= budget) {
+        continue;
+      }
+      throw ConfigError(std::string(use.info->name) + ": " + setting_text(s) +
+                        (beside > 0 ? " beside sink=" + std::to_string(beside) : "") + " protects " +
+                        std::to_string(tokens(*s.param) + beside) + " tokens, more than the budget of " +
+                        std::to_string(budget));
     }
-    const int beside =
-        window && sink != nullptr && sink->type == ParamType::tokens ? tokens(*sink) : 0;
-    if (tokens(*s.param) + beside <= budget) {
-      continue;
-    }
-    throw ConfigError(std::string(use.info->name) + ": " + setting_text(s) +
-                      (beside > 0 ? " beside sink=" + std::to_string(beside) : "") + " protects " +
-                      std::to_string(tokens(*s.param) + beside) +
-                      " tokens, more than the budget of " + std::to_string(budget));
   }
 }
 
@@ -574,8 +558,8 @@ double ValueTable::at(int layer, int kv_head) const {
     return row.front();
   }
   if (kv_head < 0 || kv_head >= static_cast<int>(row.size())) {
-    throw ConfigError(path + " has " + std::to_string(row.size()) + " values for layer " +
-                      std::to_string(layer) + " and none for KV head " + std::to_string(kv_head));
+    throw ConfigError(path + " has " + std::to_string(row.size()) + " values for layer " + std::to_string(layer) +
+                      " and none for KV head " + std::to_string(kv_head));
   }
   return row[static_cast<std::size_t>(kv_head)];
 }
@@ -583,8 +567,7 @@ double ValueTable::at(int layer, int kv_head) const {
 std::shared_ptr<void> PartUse::config(int layer, int kv_head) const {
   auto config = info->config();
   for (const Setting& s : settings) {
-    s.param->set(config.get(),
-                 s.table ? ParamValue{s.table->at(layer, kv_head), false, {}} : s.value);
+    s.param->set(config.get(), s.table ? ParamValue{s.table->at(layer, kv_head), false, {}} : s.value);
   }
   return config;
 }
@@ -610,9 +593,8 @@ Needs Method::needs() const {
     for (const auto& config : configs(*part)) {
       const Needs n = part->info->needs(config.get());
       if (!pinned && all.prompt_queries != Needs::kAll) {
-        all.prompt_queries = n.prompt_queries == Needs::kAll
-                                 ? Needs::kAll
-                                 : std::max(all.prompt_queries, n.prompt_queries);
+        all.prompt_queries =
+            n.prompt_queries == Needs::kAll ? Needs::kAll : std::max(all.prompt_queries, n.prompt_queries);
       }
       all.pre_rope = all.pre_rope || n.pre_rope;
       all.future_attention = all.future_attention || n.future_attention;
@@ -627,6 +609,8 @@ Needs Method::needs() const {
   }
   return all;
 }
+
+std::vector<const PartUse*> Method::parts() const { return parts_of(*this); }
 
 void Method::check(int budget, int prompt_budget) const {
   for (const PartUse* part : parts_of(*this)) {
@@ -650,8 +634,7 @@ Method parse_method(const std::string& text, const TableReader& read_table) {
   const std::string label = text.substr(first, text.find_last_not_of(" \t\n") + 1 - first);
   Strings texts = split_phases(label);
   if (texts.size() > 2) {
-    throw ConfigError(label +
-                      ": at most one '/' separates the prompt's selector from the decode tokens'");
+    throw ConfigError(label + ": at most one '/' separates the prompt's selector from the decode tokens'");
   }
   Budget prompt_budget;
   std::optional<Phase> prefill;
@@ -685,8 +668,8 @@ PartUse parse_part(const std::string& text, Role role, const TableReader& read_t
         valid.emplace_back(p->name);
       }
     }
-    throw ConfigError("no " + role_name(role) + " is called " + quoted(piece.name) +
-                      "; the nearest is " + quoted(nearest(piece.name, valid)));
+    throw ConfigError("no " + role_name(role) + " is called " + quoted(piece.name) + "; the nearest is " +
+                      quoted(nearest(piece.name, valid)));
   }
   Phase phase;
   PartUse use{info, {}};

@@ -28,18 +28,19 @@ using TableReader = std::function<ValueTable(const std::string& path)>;
 struct Budget {
   enum class Unit { none, tokens, fraction, bytes } unit = Unit::none;
   double value = 0;
-  std::string text;  // as written; empty for none
+  std::string text;                              // as written; empty for none
   static Budget parse(const std::string& text);  // ConfigError
   // Tokens per set. slot_bytes: of one token's key and value; state_bytes: what the method keeps beside its tokens.
   // sets_per_kv_head: group_size in query_head scope, else 1.
   int tokens(Pos prompt_len, double slot_bytes, double state_bytes, int sets_per_kv_head) const;
 };
 
-// A value that the user wrote.
+// A value that differs from the part's default, because the user wrote it or a preset did.
 struct Setting {
   const ParamInfo* param;
   ParamValue value;
   std::shared_ptr<const ValueTable> table;  // instead of value
+  bool from_preset = false;                 // gives way like a default where a budget is too small for it
 };
 
 struct PartUse {
@@ -50,9 +51,9 @@ struct PartUse {
 };
 
 struct Method {
-  std::string label;   // as typed
-  std::string name;    // canonical: presets expanded, defaults omitted, keys in table order
-  std::string preset;  // empty if none
+  std::string label;                      // as typed
+  std::string name;                       // canonical: presets expanded, defaults omitted, keys in table order
+  std::string preset;                     // empty if none
   std::optional<PartUse> prefill_select;  // cuts the prompt to prefill_budget (none: the run's), then stands
   Traits prefill_traits;
   Budget prefill_budget;
@@ -60,9 +61,10 @@ struct Method {
   Traits traits;  // of `select`: its defaults, overridden by the user's engine keys
   std::optional<PartUse> read, allocate, rewrite, compensate;
 
-  bool budgeted() const;  // full without a reader is not
+  std::vector<const PartUse*> parts() const;  // those there are, in the order of the text
+  bool budgeted() const;                      // full without a reader is not
   Foresight foresight() const;
-  Needs needs() const;    // union over the parts; none of the prompt's queries if the prompt is pinned
+  Needs needs() const;  // union over the parts; none of the prompt's queries if the prompt is pinned
   // Values the user wrote that do not fit this budget, and each part's own check; ConfigError. prompt_budget: the
   // prefill selector's, in tokens; 0 if it has none of its own.
   void check(int budget, int prompt_budget = 0) const;

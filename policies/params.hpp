@@ -16,9 +16,7 @@ namespace kvreplay {
 struct Tokens {
   double value = 0;
   bool percent = false;
-  int of(int budget) const {
-    return static_cast<int>(percent ? std::floor(value * budget / 100 + 1e-9) : value);
-  }
+  int of(int budget) const { return static_cast<int>(percent ? std::floor(value * budget / 100 + 1e-9) : value); }
 };
 
 enum class ParamType { integer, real, boolean, choice, file, tokens };
@@ -91,8 +89,7 @@ constexpr ParamInfo flag(std::string_view name, std::string_view doc) {
   return number<Member>(name, 0, 1, doc);
 }
 template <auto Member>
-constexpr ParamInfo choice(std::string_view name, std::span<const std::string_view> choices,
-                           std::string_view doc) {
+constexpr ParamInfo choice(std::string_view name, std::span<const std::string_view> choices, std::string_view doc) {
   using A = detail::Access<Member>;
   return {name, ParamType::choice, 0, 0, Scale::lin, choices, doc, &A::get, &A::set};
 }

@@ -45,7 +45,9 @@ constexpr PartInfo describe() {
   info.deviation = P::kDeviation;
   info.params = P::kParams;
   info.foresight = Foresight::none;
-  if constexpr (requires { P::kForesight; }) { info.foresight = P::kForesight; }
+  if constexpr (requires { P::kForesight; }) {
+    info.foresight = P::kForesight;
+  }
   info.config = [] { return std::shared_ptr<void>(std::make_shared<Config>()); };
   info.traits = [](const void* c) {
     if constexpr (requires(const Config& x) { P::traits(x); }) {

@@ -49,15 +49,15 @@ struct Needs {
 
 // The set that a part is made for. Parts keep their state by position, so that eviction moves nothing.
 struct SetShape {
-  int layer = 0;              // the model's own layer number
-  int set = 0;                // index of the set within its layer
-  int kv_head = 0;            // of the first lane
+  int layer = 0;                 // the model's own layer number
+  int set = 0;                   // index of the set within its layer
+  int kv_head = 0;               // of the first lane
   int n_lanes = 1, n_heads = 1;  // n_heads: query heads per lane
   int head_dim = 0, v_head_dim = 0;
   Pos n_tokens = 0, prompt_len = 0;
-  int budget = 0;             // tokens per set as asked for, before any allocator; at least 1
-  int element_bytes = 2;      // of one stored number in the trace
-  float scale = 1;            // softmax scale of the trace; View::queries has it folded in
+  int budget = 0;         // tokens per set as asked for, before any allocator; at least 1
+  int element_bytes = 2;  // of one stored number in the trace
+  float scale = 1;        // softmax scale of the trace; View::queries has it folded in
   std::uint64_t seed = 0;
   // Where the part asked for them (Needs): per lane (n_tokens) external scores; (n_tokens) first decode step without.
   std::vector<std::vector<float>> scores;
@@ -67,11 +67,11 @@ struct SetShape {
 class View {
  public:
   virtual ~View() = default;
-  Pos now = 0;         // position of the current token, whose slot is the last one
+  Pos now = 0;  // position of the current token, whose slot is the last one
   Pos prompt_len = 0;
   int head_dim = 0, v_head_dim = 0, n_lanes = 0, n_heads = 0;  // n_heads: query heads per lane
-  int budget = 0;              // slots this set may keep, as allocated
-  std::span<const Pos> pos;    // (n_slots) ascending: slot i is older than slot i + 1
+  int budget = 0;                                              // slots this set may keep, as allocated
+  std::span<const Pos> pos;                                    // (n_slots) ascending: slot i is older than slot i + 1
   bool at_prefill() const { return now < prompt_len; }
   std::span<const Pos> rewritten;  // tokens whose key or value was rewritten since the previous step
 
@@ -122,9 +122,9 @@ class Future {
   virtual void attention_to_come(const View&, std::span<float> out) const = 0;
   // The next `steps` decode steps of one lane (fewer at the end). Row r is step r / n_heads, head r % n_heads.
   struct Horizon {
-    MatF weights;  // (rows, n_slots + steps) exp(logit - max): the slots, then the tokens yet to come; 0 before birth
-    MatF arrivals; // (steps, v_head_dim) values of the tokens yet to come
-    MatD full;     // (rows, v_head_dim) exact attention output
+    MatF weights;   // (rows, n_slots + steps) exp(logit - max): the slots, then the tokens yet to come; 0 before birth
+    MatF arrivals;  // (steps, v_head_dim) values of the tokens yet to come
+    MatD full;      // (rows, v_head_dim) exact attention output
     // What a pinned prompt adds to the sums of weights and of weights times values, on the same scale; empty if the
     // prompt is not pinned.
     Eigen::ArrayXd pinned_mass;  // (rows)
@@ -167,9 +167,7 @@ class Allocator {
     Pos prompt_len = 0;
     int budget = 0;
   };
-  virtual std::vector<int> over_layers(const Layers& l) const {
-    return std::vector<int>(l.index.size(), l.budget);
-  }
+  virtual std::vector<int> over_layers(const Layers& l) const { return std::vector<int>(l.index.size(), l.budget); }
   // True if sets of one layer get different budgets, from their scores at the prompt's cut.
   virtual bool over_sets() const { return false; }
   virtual std::vector<int> assign(const std::vector<std::vector<float>>& /*scores*/, int /*mean_budget*/) const {
@@ -181,7 +179,7 @@ class Allocator {
 // speed: row r of q is head r % n_heads of step r / n_heads, and sees the losses of older blocks and those of this
 // block with step <= its own.
 struct Loss {
-  int step;         // of the block: the first that misses the token; the next block's first at most
+  int step;  // of the block: the first that misses the token; the next block's first at most
   const float *k, *v;
 };
 struct Estimate {

@@ -10,8 +10,7 @@ namespace kvreplay {
 namespace {
 
 // `shown` is the value as the user wrote it.
-void check_bounds(const std::string& owner, const ParamInfo& p, const ParamValue& v,
-                  const std::string& shown) {
+void check_bounds(const std::string& owner, const ParamInfo& p, const ParamValue& v, const std::string& shown) {
   const std::string key = owner + ": " + std::string(p.name) + "=" + shown;
   if (!std::isfinite(v.number)) {
     throw ConfigError(key + " is not a finite number");
@@ -33,8 +32,8 @@ ParamValue parse_choice(const std::string& owner, const ParamInfo& p, const std:
       return {static_cast<double>(i), false, {}};
     }
   }
-  throw ConfigError(owner + ": " + std::string(p.name) + "=" + text + " is not " + allowed(p) +
-                    "; the nearest is '" + nearest(text, names) + "'");
+  throw ConfigError(owner + ": " + std::string(p.name) + "=" + text + " is not " + allowed(p) + "; the nearest is '" +
+                    nearest(text, names) + "'");
 }
 
 }  // namespace
@@ -67,8 +66,8 @@ std::string allowed(const ParamInfo& p) {
     default:
       break;
   }
-  std::string text = p.hi >= kUnbounded ? "at least " + format_number(p.lo)
-                                        : format_number(p.lo) + " to " + format_number(p.hi);
+  std::string text =
+      p.hi >= kUnbounded ? "at least " + format_number(p.lo) : format_number(p.lo) + " to " + format_number(p.hi);
   if (p.type == ParamType::tokens) {
     text += " tokens, or 0% to 100% of the budget";
   }
@@ -103,8 +102,7 @@ ParamValue parse_value(const std::string& owner, const ParamInfo& p, const std::
   }
   ParamValue v;
   v.percent = p.type == ParamType::tokens && text.back() == '%';
-  if (!parse_number(std::string_view(text).substr(0, text.size() - (v.percent ? 1 : 0)),
-                    v.number)) {
+  if (!parse_number(std::string_view(text).substr(0, text.size() - (v.percent ? 1 : 0)), v.number)) {
     throw ConfigError(key + "=" + text + " is not a number; it takes " + allowed(p));
   }
   check_bounds(owner, p, v, text);

@@ -261,11 +261,12 @@ class Replay {
 
   void cut_prompt(Running& r) {
     const Method& m = *r.job->method;
+    const int budget =
+        m.prefill_budget.unit == Budget::Unit::none
+            ? r.job->budget
+            : m.prefill_budget.tokens(layer_.prompt_len, slot_bytes(), 0, sets_per_kv_head(m.prefill_traits.scope));
     const SetPlan plan{
-        .select = &*m.prefill_select,
-        .traits = m.prefill_traits,
-        .budget = m.prefill_budget.tokens(layer_.prompt_len, slot_bytes(), 0, sets_per_kv_head(m.prefill_traits.scope)),
-        .seed = options_.seed};
+        .select = &*m.prefill_select, .traits = m.prefill_traits, .budget = budget, .seed = options_.seed};
     std::vector<float> scores;
     for (int i = 0; i < Set::count(layer_, m.prefill_traits.scope); ++i) {
       Set cut(shared_, plan, i);

@@ -39,9 +39,13 @@ std::string series_name(const Series& s, const CellResult& cell) {
   return name;
 }
 
-std::string safe_path(std::string name) {  // "/" separates groups in HDF5
-  std::replace(name.begin(), name.end(), '/', '|');
-  return name;
+// "/" separates groups in HDF5; percent-encoding keeps names apart.
+std::string safe_path(const std::string& name) {
+  std::string path;
+  for (char c : name) {
+    path += c == '/' ? "%2F" : c == '%' ? "%25" : std::string(1, c);
+  }
+  return path;
 }
 
 // (rows, n_blocks) means of the counted values in each block of decode steps; NaN where nothing counted.
@@ -274,6 +278,8 @@ void ResultsWriter::publish(const std::string& run_json) {
   storage_->file.root().set("format", "kvreplay-results");
   storage_->file.root().set("format_version", "1.0");
   storage_->file.root().set("block_steps", kBlockSteps);
+  std::error_code ignored;
+  fs::remove(folder_ / "run.json", ignored);  // with --force: an old one must not describe new tables
   storage_->file.publish();
   storage_->published = true;
   write_whole(folder_ / "summary.csv", summary_);

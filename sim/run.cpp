@@ -14,6 +14,7 @@
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
 #include "sim/load.hpp"
+#include "sim/set.hpp"
 #include "sim/version.hpp"
 #include "traces/hash.hpp"
 #include "traces/hdf5.hpp"
@@ -64,6 +65,7 @@ class Run {
     parse();
     open_traces();
     check_everything();
+    check_memory();
     prepare_folder();
     ResultsWriter writer(request_.out, request_.detail);
     replay_all(writer);
@@ -187,6 +189,9 @@ class Run {
                           ": its model has a logit soft-cap, under which compensators in closed form do not hold; use "
                           "--compensators none");
       }
+      for (const PartUse& c : compensators_) {
+        check_tables(*input, c, Scope::kv_head);
+      }
       for (const Column& c : columns_) {
         const Method& m = *c.method;
         const Needs needs = m.needs();
@@ -195,9 +200,10 @@ class Run {
           const Pos first = first_stored_query(input->reader, layer);
           const Pos want = first_query(needs, input->prompt_len);
           if (first > want) {
-            throw ConfigError(fmt::format(
-                "{}the queries from position {} on, but layer {} has them from {} on; capture with --queries {}", who,
-                want, layer, first, want < input->prompt_len ? "all" : "decode"));
+            throw ConfigError(
+                fmt::format("{}the queries from position {} on, but layer {} has {}; capture with --queries {}", who,
+                            want, layer, first == info.n_tokens ? "none" : fmt::format("them from {} on", first),
+                            want < input->prompt_len ? "all" : "decode"));
           }
           if (needs.pre_rope && !(info.rope.present && info.rope.invertible)) {
             throw ConfigError(who + "keys before RoPE, but the trace has no invertible /model/rope");
@@ -213,6 +219,9 @@ class Run {
           throw ConfigError(info.path.string() + ": " + m.label +
                             " has a compensator in closed form, which does not hold under the model's logit soft-cap");
         }
+        for (const PartUse* part : m.parts()) {
+          check_tables(*input, *part, m.traits.scope);
+        }
         const std::vector<int> budgets = layer_budgets(*input, c);
         for (std::size_t i = 0; i < budgets.size(); ++i) {
           const int prompt_budget = m.prefill_budget.unit == Budget::Unit::none
@@ -222,6 +231,26 @@ class Run {
           if (!needs.evicted_at.empty()) {
             read_evicted_at(*input, m, needs.evicted_at, input->layers[i]);
           }
+        }
+      }
+    }
+  }
+
+  // A table has every layer of the run, with one value or one per KV head.
+  static void check_tables(const Input& input, const PartUse& part, Scope scope) {
+    const int n_kv_heads = input.reader.info().n_kv_heads;
+    for (const Setting& s : part.settings) {
+      if (!s.table) {
+        continue;
+      }
+      for (int layer : input.layers) {
+        s.table->at(layer, 0);  // ConfigError where the layer is missing
+        const auto row = std::find(s.table->layers.begin(), s.table->layers.end(), layer) - s.table->layers.begin();
+        const std::size_t n = s.table->values[std::size_t(row)].size();
+        if (n != 1 && (n != std::size_t(n_kv_heads) || scope == Scope::layer)) {
+          throw ConfigError(fmt::format("{}: layer {} has {} values; it takes 1{}", s.table->path, layer, n,
+                                        scope == Scope::layer ? ", since the layer's heads share one set"
+                                                              : fmt::format(", or {}, one per KV head", n_kv_heads)));
         }
       }
     }
@@ -264,20 +293,33 @@ class Run {
   std::vector<std::vector<std::int32_t>> read_evicted_at(const Input& input, const Method& m, const std::string& path,
                                                          int layer) const {
     const TraceInfo& info = input.reader.info();
-    const auto dataset = hdf5::File::open(path).root().group("evicted_at").dataset(fmt::format("L{:03}", layer));
-    const hdf5::Shape shape = dataset.shape();
-    const int n_sets = m.traits.scope == Scope::layer     ? 1
-                       : m.traits.scope == Scope::kv_head ? info.n_kv_heads
-                                                          : info.n_heads;
-    const hdf5::Shape expected{std::uint64_t(n_sets), std::uint64_t(info.n_tokens)};
-    if (shape != expected || dataset.type() != hdf5::Type::i32) {
-      throw TraceError(fmt::format("{}: expected int32 {}, found {} {}", dataset.where(), hdf5::to_string(expected),
-                                   hdf5::name_of(dataset.type()), hdf5::to_string(shape)));
+    std::vector<std::int32_t> all;
+    const int n_steps = info.n_tokens - input.prompt_len;
+    try {
+      const hdf5::File file = hdf5::File::open(path);
+      const hdf5::Dataset dataset = file.root().group("evicted_at").dataset(fmt::format("L{:03}", layer));
+      const hdf5::Shape shape = dataset.shape();
+      const int n_sets = Set::count(m.traits.scope, info.n_heads, info.n_kv_heads);
+      const hdf5::Shape expected{std::uint64_t(n_sets), std::uint64_t(info.n_tokens)};
+      if (shape != expected || dataset.type() != hdf5::Type::i32) {
+        throw TraceError(fmt::format("{}: expected int32 {}, found {} {}", dataset.where(), hdf5::to_string(expected),
+                                     hdf5::name_of(dataset.type()), hdf5::to_string(shape)));
+      }
+      all.resize(hdf5::n_elements(shape));
+      dataset.read(hdf5::writable_bytes_of(all));
+      for (const std::int32_t step : all) {
+        if (step < 0 || step > n_steps) {
+          throw TraceError(
+              fmt::format("{}: {} is no decode step of a trace that has {}; was it recorded with another "
+                          "prompt_len?",
+                          dataset.where(), step, n_steps));
+        }
+      }
+    } catch (const hdf5::StorageError& e) {
+      throw TraceError(e.what());
     }
-    std::vector<std::int32_t> all(hdf5::n_elements(shape));
-    dataset.read(hdf5::writable_bytes_of(all));
     std::vector<std::vector<std::int32_t>> sets;
-    for (int s = 0; s < n_sets; ++s) {
+    for (std::size_t s = 0; s < all.size() / std::size_t(info.n_tokens); ++s) {
       const auto begin = all.begin() + std::ptrdiff_t(s) * info.n_tokens;
       sets.emplace_back(begin, begin + info.n_tokens);
     }
@@ -309,9 +351,18 @@ class Run {
     double done = 0;
     for (const auto& input : inputs_) {
       for (std::size_t l = 0; l < input->layers.size(); ++l) {
-        if (!replay_layer(writer, *input, l, done)) {
-          outcome_.interrupted = true;
-          return;
+        try {
+          if (!replay_layer(writer, *input, l, done)) {
+            outcome_.interrupted = true;
+            return;
+          }
+        } catch (const TraceError& e) {  // what is finished stays; this trace gives no more
+          if (writer.n_cells() == 0) {
+            throw;
+          }
+          outcome_.failed.push_back(e.what());
+          outcome_.trace_failed = true;
+          break;
         }
       }
     }
@@ -348,7 +399,7 @@ class Run {
     for (const PartUse& c : compensators_) {
       options.compensators.push_back(&c);
     }
-    const std::size_t batch = cells_that_fit(data, options);
+    const std::size_t batch = cells_that_fit(input);
     for (std::size_t first = 0; first < columns_.size(); first += batch) {
       const std::size_t n = std::min(batch, columns_.size() - first);
       std::vector<Job> jobs;
@@ -402,33 +453,53 @@ class Run {
     return m.read ? "selection" : m.traits.pool == Pool::decode ? "pinned" : "evictable";
   }
 
+  void check_memory() const {
+    for (const auto& input : inputs_) {
+      cells_that_fit(*input);
+    }
+  }
+
   // How many cells may run beside each other in the memory that the user allows.
-  std::size_t cells_that_fit(const Layer& l, const ReplayOptions& options) const {
-    const double n = l.n_tokens, steps = l.n_steps(), rows = double(options.block_steps) * l.group_size;
-    const double shared = 4.0 * l.n_kv_heads *
-                          (n * (l.head_dim + l.v_head_dim) + (n - l.first_query) * l.group_size * l.head_dim +
-                           2 * n * (rows + 32) + 6 * rows * l.v_head_dim);
+  std::size_t cells_that_fit(const Input& input) const {
+    const TraceInfo& info = input.reader.info();
+    const double n = info.n_tokens, steps = info.n_tokens - input.prompt_len,
+                 rows = double(kBlockSteps) * info.group_size, dims = info.head_dim + info.v_head_dim;
+    const double shared =
+        4.0 * info.n_kv_heads *
+        (n * dims + n * info.group_size * info.head_dim + 2 * n * (rows + 32) + 6 * rows * info.v_head_dim);
     double series = 0;  // numbers per step
     for (const MetricInfo& i : all_metrics()) {
-      if (!options.metrics.has(i.metric) || i.at_checkpoints) {
+      if (!request_.metrics.has(i.metric) || i.at_checkpoints) {
         continue;
       }
-      const double heads = i.level == Level::query_head ? l.n_heads : i.level == Level::kv_head ? l.n_kv_heads : 1;
-      series += heads * (i.per_compensator ? double(options.compensators.size()) : 1);
+      const double heads = i.level == Level::query_head ? info.n_heads
+                           : i.level == Level::kv_head  ? info.n_kv_heads
+                                                        : 1;
+      series += heads * (i.per_compensator ? double(compensators_.size()) : 1);
     }
-    const double own = 4 * series * steps + 48 * n * l.n_kv_heads +
-                       16.0 * l.n_kv_heads * (l.head_dim + l.v_head_dim) * (l.head_dim + l.v_head_dim);
+    const double own = 4 * series * steps + 48 * n * info.n_kv_heads + 16.0 * info.n_kv_heads * dims * dims;
     double memory = double(request_.memory);
     if (memory == 0) {
       memory = 0.75 * double(::sysconf(_SC_AVPHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE));
     }
     if (memory < shared + own) {
       throw ConfigError(
-          fmt::format("one method on one layer needs about {:.0f} MiB, more than the {:.0f} MiB allowed; "
-                      "raise --memory",
-                      (shared + own) / 1048576, memory / 1048576));
+          fmt::format("{}: one method on one layer needs about {:.0f} KiB, more than the {:.0f} KiB "
+                      "allowed; raise --memory",
+                      info.path.string(), (shared + own) / 1024, memory / 1024));
     }
     return std::size_t(std::max(1.0, std::min((memory - shared) / own, 1e6)));
+  }
+
+  // Path and hash of every table that a part's values come from.
+  static json value_tables(const PartUse& part) {
+    json tables = json::object();
+    for (const Setting& s : part.settings) {
+      if (s.table) {
+        tables[s.table->path] = s.table->hash;
+      }
+    }
+    return tables;
   }
 
   std::string run_json() const {
@@ -472,12 +543,8 @@ class Run {
     for (const auto& m : methods_) {
       const Preset* preset = find_preset(m->preset);
       json tables = json::object();
-      for (const auto* part : {&m->select}) {
-        for (const Setting& s : part->settings) {
-          if (s.table) {
-            tables[s.table->path] = s.table->hash;
-          }
-        }
+      for (const PartUse* part : m->parts()) {
+        tables.update(value_tables(*part));
       }
       j["methods"].push_back({{"label", m->label},
                               {"method", m->name},
@@ -490,6 +557,10 @@ class Run {
     }
     j["budgets"] = request_.budgets;
     j["compensators"] = json::array();
+    j["compensator_tables"] = json::object();
+    for (const PartUse& c : compensators_) {
+      j["compensator_tables"].update(value_tables(c));
+    }
     for (const PartUse& c : compensators_) {
       j["compensators"].push_back(canonical(c));
     }
@@ -501,7 +572,7 @@ class Run {
     }
     j["n_checkpoints"] = request_.n_checkpoints;
     j["block_steps"] = kBlockSteps;
-    return j.dump(2) + "\n";
+    return j.dump(2, ' ', false, json::error_handler_t::replace) + "\n";
   }
 
   const RunRequest& request_;
@@ -581,6 +652,9 @@ ValueTable read_value_table(const std::string& path) {
     throw ConfigError(path + ": expected a JSON object of layer numbers, as {\"0\": 0.9, \"1\": [0.8, 0.7]}");
   }
   for (const auto& [key, value] : j.items()) {
+    if (key.empty() || key.find_first_not_of("0123456789") != std::string::npos) {
+      throw ConfigError(path + ": '" + key + "' is no layer number");
+    }
     table.layers.push_back(parse_integers(path, key).front());
     std::vector<double>& row = table.values.emplace_back();
     for (const json& x : value.is_array() ? value : json::array({value})) {

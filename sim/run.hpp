@@ -36,7 +36,8 @@ struct RunRequest {
 struct RunOutcome {
   int n_cells = 0;
   bool interrupted = false;
-  std::vector<std::string> failed;  // one sentence per cell that failed
+  bool trace_failed = false;        // a trace could not be read to its end
+  std::vector<std::string> failed;  // one sentence per cell or trace that failed
 };
 
 // ConfigError and TraceError before anything is written where the request cannot be met.

@@ -12,8 +12,8 @@ constexpr double kStaleMass = 1e-4;    // a running sum that shrank this far is 
 
 }  // namespace
 
-int Set::count(const Layer& l, Scope scope) {
-  return scope == Scope::layer ? 1 : scope == Scope::kv_head ? l.n_kv_heads : l.n_heads;
+int Set::count(Scope scope, int n_heads, int n_kv_heads) {
+  return scope == Scope::layer ? 1 : scope == Scope::kv_head ? n_kv_heads : n_heads;
 }
 
 Set::Set(Shared& shared, const SetPlan& plan, int index) : traits(plan.traits), shared_(&shared) {

@@ -88,8 +88,9 @@ struct SetPlan {
 class Set final : public Cache, public Future {
  public:
   Set(Shared&, const SetPlan&, int index);
-  Set(Set&&) = delete;                    // parts hold views of it
-  static int count(const Layer&, Scope);  // sets per layer
+  Set(Set&&) = delete;                                   // parts hold views of it
+  static int count(Scope, int n_heads, int n_kv_heads);  // sets per layer
+  static int count(const Layer& l, Scope scope) { return count(scope, l.n_heads, l.n_kv_heads); }
 
   // The prompt's end. scores: of all slots, where the set is over its budget, else empty.
   void prefill_scores(std::vector<float>& scores);

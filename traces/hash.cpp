@@ -19,8 +19,7 @@ struct Sha256::State {
 };
 
 Sha256::Sha256() : state_(std::make_unique<State>()) {
-  if (state_->context == nullptr ||
-      EVP_DigestInit_ex(state_->context, EVP_sha256(), nullptr) != 1) {
+  if (state_->context == nullptr || EVP_DigestInit_ex(state_->context, EVP_sha256(), nullptr) != 1) {
     throw std::runtime_error("SHA-256 is not available in this build of OpenSSL");
   }
 }
@@ -68,8 +67,7 @@ std::string hash_array(const StoredArray& stored) {
 // The manifest: one line per item, "path type shape sha256-of-bytes".
 class Manifest {
  public:
-  void add(const std::string& path, std::string_view type, const std::string& shape,
-           const std::string& hex) {
+  void add(const std::string& path, std::string_view type, const std::string& shape, const std::string& hex) {
     lines_ += fmt::format("{} {} {} {}\n", path, type, shape, hex);
   }
 
@@ -80,8 +78,7 @@ class Manifest {
   }
 
   template <typename T>
-  void add_values(const std::string& path, std::string_view type, std::span<const T> values,
-                  bool scalar = false) {
+  void add_values(const std::string& path, std::string_view type, std::span<const T> values, bool scalar = false) {
     Sha256 hash;
     hash.add(std::as_bytes(values));
     add(path, type, scalar ? "()" : fmt::format("({})", values.size()), hash.hex());
@@ -117,8 +114,7 @@ std::string array_path(int layer, const std::string& name) {
   return fmt::format("{}/{:03}/{}", schema::kLayers, layer, name);
 }
 
-std::string content_hash(const TraceReader& trace,
-                         const std::map<std::string, std::string>& arrays) {
+std::string content_hash(const TraceReader& trace, const std::map<std::string, std::string>& arrays) {
   const TraceInfo& info = trace.info();
   Manifest manifest;
   manifest.add_value<std::int64_t>("model/n_layers", "int64", info.n_layers);
@@ -133,10 +129,8 @@ std::string content_hash(const TraceReader& trace,
   if (info.rope.present) {
     manifest.add_text("model/rope/style", info.rope.style);
     manifest.add_value<std::int64_t>("model/rope/rotary_dim", "int64", info.rope.rotary_dim);
-    manifest.add_value<double>("model/rope/attention_factor", "float64",
-                               info.rope.attention_factor);
-    manifest.add_value<std::int64_t>("model/rope/invertible", "int64",
-                                     info.rope.invertible ? 1 : 0);
+    manifest.add_value<double>("model/rope/attention_factor", "float64", info.rope.attention_factor);
+    manifest.add_value<std::int64_t>("model/rope/invertible", "int64", info.rope.invertible ? 1 : 0);
     manifest.add_values<double>("model/rope/inv_freq", "float64", info.rope.inv_freq);
   }
   manifest.add_values<std::int32_t>("tokens/id", "int32", info.token_ids);
@@ -163,17 +157,14 @@ std::string content_hash(const TraceReader& trace,
   for (const int layer : info.layers) {
     for (const std::string& name : trace.array_names(layer)) {
       if (name == schema::kQ) {
-        manifest.add_values<std::int32_t>(array_path(layer, schema::kQIndex), "int32",
-                                          trace.q_index(layer));
+        manifest.add_values<std::int32_t>(array_path(layer, schema::kQIndex), "int32", trace.q_index(layer));
       } else if (name == schema::kOut) {
-        manifest.add_values<std::int32_t>(array_path(layer, schema::kOutIndex), "int32",
-                                          trace.out_index(layer));
+        manifest.add_values<std::int32_t>(array_path(layer, schema::kOutIndex), "int32", trace.out_index(layer));
       }
       const StoredArray& stored = trace.array(layer, name);
       const std::string path = array_path(layer, name);
       manifest.add(path, name_of(stored.type()),
-                   fmt::format("({}, {}, {})", stored.n_heads(), stored.n_rows(), stored.width()),
-                   arrays.at(path));
+                   fmt::format("({}, {}, {})", stored.n_heads(), stored.n_rows(), stored.width()), arrays.at(path));
     }
   }
   return manifest.hash();

@@ -35,8 +35,7 @@ struct TraceHashes {
 TraceHashes hash_trace(const TraceReader& trace);
 
 // The content hash where the hashes of the arrays are known already.
-std::string content_hash(const TraceReader& trace,
-                         const std::map<std::string, std::string>& arrays);
+std::string content_hash(const TraceReader& trace, const std::map<std::string, std::string>& arrays);
 
 std::string array_path(int layer, const std::string& name);  // "layers/004/k"
 

@@ -28,6 +28,8 @@ constexpr std::uint64_t kMaxInflation = 1100;
 
 // The library prints its error stack per thread unless told otherwise.
 void silence() {
+  // After a failed flush the library's own clean-up at exit would crash (HDF5 1.10).
+  [[maybe_unused]] static const herr_t no_exit_handler = H5dont_atexit();
   static thread_local bool done = false;
   if (!done) {
     H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
@@ -47,6 +49,13 @@ herr_t first_message(unsigned n, const H5E_error2_t* error, void* out) {
   std::string reason;
   H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, first_message, &reason);
   H5Eclear2(H5E_DEFAULT);
+  // A failed system call comes with a paragraph of internals; its error text says it all.
+  const std::string mark = "error message = '";
+  if (const auto begin = reason.find(mark); begin != std::string::npos) {
+    const auto from = begin + mark.size();
+    reason = reason.substr(from, reason.find('\'', from) - from);
+  }
+  std::replace(reason.begin(), reason.end(), '\n', ' ');
   throw StorageError(reason.empty() ? context : context + " (" + reason + ")");
 }
 
@@ -130,20 +139,18 @@ Handle make_type(Type type) {
 // are checked or hashed; variable-length text would live in a heap that is neither.
 Handle make_text_type(std::size_t bytes) {
   Handle type = handle("cannot make a text type", [] { return H5Tcopy(H5T_C_S1); });
-  checked("cannot make a text type",
-          [&] { return H5Tset_size(type.get(), std::max<std::size_t>(bytes, 1)); });
+  checked("cannot make a text type", [&] { return H5Tset_size(type.get(), std::max<std::size_t>(bytes, 1)); });
   checked("cannot make a text type", [&] { return H5Tset_strpad(type.get(), H5T_STR_NULLPAD); });
   checked("cannot make a text type", [&] { return H5Tset_cset(type.get(), H5T_CSET_UTF8); });
   return type;
 }
 
-bool has_fields(hid_t type, std::size_t sign, std::size_t exp_pos, std::size_t exp_size,
-                std::size_t man_size, std::size_t bias) {
+bool has_fields(hid_t type, std::size_t sign, std::size_t exp_pos, std::size_t exp_size, std::size_t man_size,
+                std::size_t bias) {
   std::size_t s = 0, e = 0, es = 0, m = 0, ms = 0;
-  return H5Tget_fields(type, &s, &e, &es, &m, &ms) >= 0 && s == sign && e == exp_pos &&
-         es == exp_size && m == 0 && ms == man_size && H5Tget_ebias(type) == bias &&
-         H5Tget_offset(type) == 0 && H5Tget_norm(type) == H5T_NORM_IMPLIED &&
-         H5Tget_order(type) == H5T_ORDER_LE;
+  return H5Tget_fields(type, &s, &e, &es, &m, &ms) >= 0 && s == sign && e == exp_pos && es == exp_size && m == 0 &&
+         ms == man_size && H5Tget_ebias(type) == bias && H5Tget_offset(type) == 0 &&
+         H5Tget_norm(type) == H5T_NORM_IMPLIED && H5Tget_order(type) == H5T_ORDER_LE;
 }
 
 Type classify(hid_t type) {
@@ -197,13 +204,11 @@ Shape shape_of_space(hid_t space, const std::string& where) {
   if (kind != H5S_SIMPLE) {
     throw StorageError(where + " has a null dataspace, but it must hold data");
   }
-  const int rank =
-      checked(where + ": cannot read its shape", [&] { return H5Sget_simple_extent_ndims(space); });
+  const int rank = checked(where + ": cannot read its shape", [&] { return H5Sget_simple_extent_ndims(space); });
   Shape shape(static_cast<std::size_t>(rank));
   static_assert(sizeof(hsize_t) == sizeof(std::uint64_t));
   std::vector<hsize_t> dims(shape.size());
-  checked(where + ": cannot read its shape",
-          [&] { return H5Sget_simple_extent_dims(space, dims.data(), nullptr); });
+  checked(where + ": cannot read its shape", [&] { return H5Sget_simple_extent_dims(space, dims.data(), nullptr); });
   std::copy(dims.begin(), dims.end(), shape.begin());
   return shape;
 }
@@ -211,8 +216,7 @@ Shape shape_of_space(hid_t space, const std::string& where) {
 Handle make_space(const Shape& shape) {
   const std::vector<hsize_t> dims(shape.begin(), shape.end());
   return handle("cannot make the dataspace " + to_string(shape), [&] {
-    return dims.empty() ? H5Screate(H5S_SCALAR)
-                        : H5Screate_simple(static_cast<int>(dims.size()), dims.data(), nullptr);
+    return dims.empty() ? H5Screate(H5S_SCALAR) : H5Screate_simple(static_cast<int>(dims.size()), dims.data(), nullptr);
   });
 }
 
@@ -253,8 +257,7 @@ bool is_sound_heap(std::span<const std::byte> heap) {
 void check_heaps(hid_t object, const std::string& where) {
   const Handle file = handle(where + " has no file", [&] { return H5Iget_file_id(object); });
   H5O_info_t object_info{};
-  checked(where + " cannot be examined",
-          [&] { return H5Oget_info2(object, &object_info, H5O_INFO_BASIC); });
+  checked(where + " cannot be examined", [&] { return H5Oget_info2(object, &object_info, H5O_INFO_BASIC); });
   const unsigned long number = object_info.fileno;  // every open of a file has its own
   static thread_local unsigned long last_checked = 0;
   if (number == last_checked) {
@@ -269,17 +272,14 @@ void check_heaps(hid_t object, const std::string& where) {
       const Handle dataset(H5Dopen2(root, path, H5P_DEFAULT));
       const haddr_t offset = dataset.get() < 0 ? HADDR_UNDEF : H5Dget_offset(dataset.get());
       if (offset != HADDR_UNDEF) {
-        static_cast<std::vector<Extent>*>(out)->push_back(
-            {offset, H5Dget_storage_size(dataset.get())});
+        static_cast<std::vector<Extent>*>(out)->push_back({offset, H5Dget_storage_size(dataset.get())});
       }
     }
     return 0;
   };
-  checked(where + ": the file's members cannot be listed", [&] {
-    return H5Ovisit2(file.get(), H5_INDEX_NAME, H5_ITER_NATIVE, add, &bulk, H5O_INFO_BASIC);
-  });
-  std::sort(bulk.begin(), bulk.end(),
-            [](const Extent& a, const Extent& b) { return a.offset < b.offset; });
+  checked(where + ": the file's members cannot be listed",
+          [&] { return H5Ovisit2(file.get(), H5_INDEX_NAME, H5_ITER_NATIVE, add, &bulk, H5O_INFO_BASIC); });
+  std::sort(bulk.begin(), bulk.end(), [](const Extent& a, const Extent& b) { return a.offset < b.offset; });
 
   std::ifstream in(name, std::ios::binary);
   const std::uint64_t size = std::filesystem::file_size(name);
@@ -292,8 +292,7 @@ void check_heaps(hid_t object, const std::string& where) {
       at = next->offset + next->bytes > at && next->bytes <= size ? next->offset + next->bytes : at;
       ++next;
     }
-    const std::uint64_t end =
-        std::min({size, at + kPiece, next == bulk.end() ? size : next->offset});
+    const std::uint64_t end = std::min({size, at + kPiece, next == bulk.end() ? size : next->offset});
     if (at >= end) {
       continue;
     }
@@ -301,8 +300,7 @@ void check_heaps(hid_t object, const std::string& where) {
     in.seekg(static_cast<std::streamoff>(at));
     in.read(piece.data(), static_cast<std::streamsize>(piece.size()));
     const std::string_view text(piece.data(), piece.size());
-    for (std::size_t found = text.find(kSignature);
-         found != std::string_view::npos && at + found < end;
+    for (std::size_t found = text.find(kSignature); found != std::string_view::npos && at + found < end;
          found = text.find(kSignature, found + 1)) {
       std::uint64_t bytes = 0;
       in.seekg(static_cast<std::streamoff>(at + found + 8));
@@ -315,8 +313,7 @@ void check_heaps(hid_t object, const std::string& where) {
         sound = in.good() && is_sound_heap(heap);
       }
       if (!sound) {
-        throw StorageError(
-            fmt::format("{}: the heap of texts at byte {} is damaged", where, at + found));
+        throw StorageError(fmt::format("{}: the heap of texts at byte {} is damaged", where, at + found));
       }
     }
     at = end;
@@ -327,23 +324,17 @@ void check_heaps(hid_t object, const std::string& where) {
 // `read(memory_type, buffer)` fills a buffer with n texts; here is what both attributes and
 // datasets do around it.
 template <typename Read>
-std::vector<std::string> read_texts_with(hid_t object, hid_t file_type, std::uint64_t n,
-                                         hid_t space, const std::string& where, Read&& read) {
+std::vector<std::string> read_texts_with(hid_t object, hid_t file_type, std::uint64_t n, hid_t space,
+                                         const std::string& where, Read&& read) {
   std::vector<std::string> texts(n);
-  if (checked(where + ": cannot read the text type",
-              [&] { return H5Tis_variable_str(file_type); }) > 0) {
+  if (checked(where + ": cannot read the text type", [&] { return H5Tis_variable_str(file_type); }) > 0) {
     check_heaps(object, where);
-    Handle memory =
-        handle(where + ": cannot copy the text type", [&] { return H5Tcopy(H5T_C_S1); });
-    checked(where + ": cannot set the text type",
-            [&] { return H5Tset_size(memory.get(), H5T_VARIABLE); });
-    checked(where + ": cannot set the text type",
-            [&] { return H5Tset_cset(memory.get(), H5Tget_cset(file_type)); });
+    Handle memory = handle(where + ": cannot copy the text type", [&] { return H5Tcopy(H5T_C_S1); });
+    checked(where + ": cannot set the text type", [&] { return H5Tset_size(memory.get(), H5T_VARIABLE); });
+    checked(where + ": cannot set the text type", [&] { return H5Tset_cset(memory.get(), H5Tget_cset(file_type)); });
     std::vector<char*> raw(n, nullptr);
     // The library allocated the strings, also where the copy below fails.
-    const auto reclaim = [&](void*) {
-      H5Dvlen_reclaim(memory.get(), space, H5P_DEFAULT, raw.data());
-    };
+    const auto reclaim = [&](void*) { H5Dvlen_reclaim(memory.get(), space, H5P_DEFAULT, raw.data()); };
     const std::unique_ptr<void, decltype(reclaim)> guard(&raw, reclaim);
     read(memory.get(), static_cast<void*>(raw.data()));
     for (std::uint64_t i = 0; i < n; ++i) {
@@ -353,8 +344,7 @@ std::vector<std::string> read_texts_with(hid_t object, hid_t file_type, std::uin
   }
   const std::size_t width = H5Tget_size(file_type);
   if (width == 0 || width > kMaxAttributeBytes || n > (std::uint64_t{4} << 30) / width) {
-    throw StorageError(
-        fmt::format("{}: {} texts of {} bytes are more than this format allows", where, n, width));
+    throw StorageError(fmt::format("{}: {} texts of {} bytes are more than this format allows", where, n, width));
   }
   std::vector<char> raw(n * width);
   read(file_type, static_cast<void*>(raw.data()));
@@ -382,22 +372,19 @@ struct OpenAttribute {
   std::string where;
 };
 
-OpenAttribute open_attribute(hid_t object, const std::string& object_where,
-                             const std::string& name) {
+OpenAttribute open_attribute(hid_t object, const std::string& object_where, const std::string& name) {
   OpenAttribute a;
   a.where = quoted(object_where, name);
   silence();
   if (H5Aexists(object, name.c_str()) <= 0) {
     throw StorageError(object_where + " lacks the attribute '" + name + "'");
   }
-  a.attribute = handle(a.where + " cannot be opened",
-                       [&] { return H5Aopen(object, name.c_str(), H5P_DEFAULT); });
+  a.attribute = handle(a.where + " cannot be opened", [&] { return H5Aopen(object, name.c_str(), H5P_DEFAULT); });
   a.type = handle(a.where + " has no type", [&] { return H5Aget_type(a.attribute.get()); });
   a.space = handle(a.where + " has no dataspace", [&] { return H5Aget_space(a.attribute.get()); });
   const Shape shape = shape_of_space(a.space.get(), a.where);
   if (shape.size() > 1 || n_elements(shape) > kMaxAttributeBytes / 8) {
-    throw StorageError(a.where + " has shape " + to_string(shape) +
-                       ", but must be one value or a list");
+    throw StorageError(a.where + " has shape " + to_string(shape) + ", but must be one value or a list");
   }
   a.n = n_elements(shape);
   return a;
@@ -407,14 +394,13 @@ template <typename T>
 std::vector<T> read_numbers(const OpenAttribute& a, hid_t memory) {
   std::vector<T> values(a.n);
   if (a.n > 0) {
-    checked(a.where + " cannot be read",
-            [&] { return H5Aread(a.attribute.get(), memory, values.data()); });
+    checked(a.where + " cannot be read", [&] { return H5Aread(a.attribute.get(), memory, values.data()); });
   }
   return values;
 }
 
-void write_attribute(hid_t object, const std::string& where, const std::string& name, hid_t type,
-                     const Shape& shape, const void* data) {
+void write_attribute(hid_t object, const std::string& where, const std::string& name, hid_t type, const Shape& shape,
+                     const void* data) {
   const std::string context = quoted(where, name) + " cannot be written";
   if (checked(context, [&] { return H5Aexists(object, name.c_str()); }) > 0) {
     Handle old = handle(context, [&] { return H5Aopen(object, name.c_str(), H5P_DEFAULT); });
@@ -428,9 +414,8 @@ void write_attribute(hid_t object, const std::string& where, const std::string& 
     checked(context, [&] { return H5Adelete(object, name.c_str()); });
   }
   const Handle space = make_space(shape);
-  const Handle attribute = handle(context, [&] {
-    return H5Acreate2(object, name.c_str(), type, space.get(), H5P_DEFAULT, H5P_DEFAULT);
-  });
+  const Handle attribute =
+      handle(context, [&] { return H5Acreate2(object, name.c_str(), type, space.get(), H5P_DEFAULT, H5P_DEFAULT); });
   if (n_elements(shape) > 0) {
     checked(context, [&] { return H5Awrite(attribute.get(), type, data); });
   }
@@ -461,14 +446,13 @@ void sync_path(const std::filesystem::path& path, int flags) {
 // Files are kept to what every reader since HDF5 1.8 knows, in the form whose metadata carries
 // checksums.
 Handle file_access() {
-  Handle access =
-      handle("cannot make file access settings", [] { return H5Pcreate(H5P_FILE_ACCESS); });
+  Handle access = handle("cannot make file access settings", [] { return H5Pcreate(H5P_FILE_ACCESS); });
   checked("cannot set the format bounds",
           [&] { return H5Pset_libver_bounds(access.get(), H5F_LIBVER_V18, H5F_LIBVER_V110); });
-  checked("cannot set the close degree",
-          [&] { return H5Pset_fclose_degree(access.get(), H5F_CLOSE_STRONG); });
-  checked("cannot set file locking",
-          [&] { return H5Pset_file_locking(access.get(), false, true); });
+  checked("cannot set the close degree", [&] { return H5Pset_fclose_degree(access.get(), H5F_CLOSE_STRONG); });
+  checked("cannot set file locking", [&] { return H5Pset_file_locking(access.get(), false, true); });
+  // No sieve buffer: a write that does not fit the disk fails when it is made, not when nobody can be told.
+  checked("cannot set the sieve buffer", [&] { return H5Pset_sieve_buf_size(access.get(), 0); });
   return access;
 }
 
@@ -534,8 +518,8 @@ std::string_view name_of(Type type) {
 }
 
 bool is_integer(Type type) {
-  return type == Type::i8 || type == Type::i16 || type == Type::i32 || type == Type::i64 ||
-         type == Type::u8 || type == Type::u16 || type == Type::u32 || type == Type::u64;
+  return type == Type::i8 || type == Type::i16 || type == Type::i32 || type == Type::i64 || type == Type::u8 ||
+         type == Type::u16 || type == Type::u32 || type == Type::u64;
 }
 
 std::string to_string(const Shape& shape) { return fmt::format("({})", fmt::join(shape, ", ")); }
@@ -544,8 +528,7 @@ std::uint64_t n_elements(const Shape& shape) {
   std::uint64_t n = 1;
   for (const std::uint64_t dim : shape) {
     if (dim != 0 && n > std::numeric_limits<std::uint64_t>::max() / dim) {
-      throw StorageError("the shape " + to_string(shape) +
-                         " has more elements than 64 bits can count");
+      throw StorageError("the shape " + to_string(shape) + " has more elements than 64 bits can count");
     }
     n *= dim;
   }
@@ -567,16 +550,14 @@ std::vector<std::string> Object::attribute_names() const {
     static_cast<std::vector<std::string>*>(out)->emplace_back(name);
     return 0;
   };
-  checked(where_ + ": attributes cannot be listed", [&] {
-    return H5Aiterate2(handle_.get(), H5_INDEX_NAME, H5_ITER_INC, nullptr, add, &names);
-  });
+  checked(where_ + ": attributes cannot be listed",
+          [&] { return H5Aiterate2(handle_.get(), H5_INDEX_NAME, H5_ITER_INC, nullptr, add, &names); });
   std::sort(names.begin(), names.end());
   return names;
 }
 
 bool Object::has_attribute(const std::string& name) const {
-  return checked(where_ + ": attributes cannot be read",
-                 [&] { return H5Aexists(handle_.get(), name.c_str()); }) > 0;
+  return checked(where_ + ": attributes cannot be read", [&] { return H5Aexists(handle_.get(), name.c_str()); }) > 0;
 }
 
 std::string Object::text(const std::string& name) const {
@@ -595,8 +576,7 @@ std::string Object::text(const std::string& name) const {
 std::int64_t Object::integer(const std::string& name) const {
   const std::vector<std::int64_t> values = integers(name);
   if (values.size() != 1) {
-    throw StorageError(
-        fmt::format("{} must be one integer, but holds {}", quoted(where_, name), values.size()));
+    throw StorageError(fmt::format("{} must be one integer, but holds {}", quoted(where_, name), values.size()));
   }
   return values.front();
 }
@@ -604,8 +584,7 @@ std::int64_t Object::integer(const std::string& name) const {
 double Object::real(const std::string& name) const {
   const std::vector<double> values = reals(name);
   if (values.size() != 1) {
-    throw StorageError(
-        fmt::format("{} must be one number, but holds {}", quoted(where_, name), values.size()));
+    throw StorageError(fmt::format("{} must be one number, but holds {}", quoted(where_, name), values.size()));
   }
   return values.front();
 }
@@ -617,8 +596,7 @@ std::vector<std::int64_t> Object::integers(const std::string& name) const {
   if (is_bool) {
     std::vector<std::int8_t> raw(a.n);
     if (a.n > 0) {
-      checked(a.where + " cannot be read",
-              [&] { return H5Aread(a.attribute.get(), a.type.get(), raw.data()); });
+      checked(a.where + " cannot be read", [&] { return H5Aread(a.attribute.get(), a.type.get(), raw.data()); });
     }
     return {raw.begin(), raw.end()};
   }
@@ -674,13 +652,11 @@ void Object::set(const std::string& name, std::span<const double> values) const 
 }
 
 Type Dataset::type() const {
-  return classify(
-      handle(where_ + " has no type", [&] { return H5Dget_type(handle_.get()); }).get());
+  return classify(handle(where_ + " has no type", [&] { return H5Dget_type(handle_.get()); }).get());
 }
 
 Shape Dataset::shape() const {
-  const Handle space =
-      handle(where_ + " has no dataspace", [&] { return H5Dget_space(handle_.get()); });
+  const Handle space = handle(where_ + " has no dataspace", [&] { return H5Dget_space(handle_.get()); });
   return shape_of_space(space.get(), where_);
 }
 
@@ -694,11 +670,9 @@ std::size_t Dataset::text_bytes() const {
 
 Storage Dataset::storage() const {
   const hid_t id = handle_.get();
-  const Handle creation =
-      handle(where_ + " has no creation settings", [&] { return H5Dget_create_plist(id); });
+  const Handle creation = handle(where_ + " has no creation settings", [&] { return H5Dget_create_plist(id); });
   const Shape dims = shape();
-  const std::uint64_t element =
-      H5Tget_size(handle(where_ + " has no type", [&] { return H5Dget_type(id); }).get());
+  const std::uint64_t element = H5Tget_size(handle(where_ + " has no type", [&] { return H5Dget_type(id); }).get());
   Storage storage;
   if (H5Pget_external_count(creation.get()) != 0) {
     throw StorageError(where_ + " keeps its data in another file, which is not allowed");
@@ -714,27 +688,25 @@ Storage Dataset::storage() const {
     throw StorageError(where_ + " is neither contiguous nor chunked");
   }
   std::vector<hsize_t> chunk(dims.size());
-  checked(where_ + ": its chunks cannot be read", [&] {
-    return H5Pget_chunk(creation.get(), static_cast<int>(chunk.size()), chunk.data());
-  });
+  checked(where_ + ": its chunks cannot be read",
+          [&] { return H5Pget_chunk(creation.get(), static_cast<int>(chunk.size()), chunk.data()); });
   storage.chunk.assign(chunk.begin(), chunk.end());
 
-  const int n_filters = checked(where_ + ": its filters cannot be read",
-                                [&] { return H5Pget_nfilters(creation.get()); });
+  const int n_filters =
+      checked(where_ + ": its filters cannot be read", [&] { return H5Pget_nfilters(creation.get()); });
   for (int i = 0; i < n_filters; ++i) {
     unsigned flags = 0, config = 0;
     std::size_t n_values = 0;
     char name[64] = "";
-    const H5Z_filter_t filter = H5Pget_filter2(creation.get(), static_cast<unsigned>(i), &flags,
-                                               &n_values, nullptr, sizeof(name), name, &config);
+    const H5Z_filter_t filter = H5Pget_filter2(creation.get(), static_cast<unsigned>(i), &flags, &n_values, nullptr,
+                                               sizeof(name), name, &config);
     if (filter == H5Z_FILTER_SHUFFLE && !storage.shuffle && !storage.deflate) {
       storage.shuffle = true;
     } else if (filter == H5Z_FILTER_DEFLATE && !storage.deflate) {
       storage.deflate = true;
     } else {
-      throw StorageError(
-          fmt::format("{} uses filter {} ({}); only shuffle (2) and then deflate (1) are allowed",
-                      where_, filter, trimmed(name, sizeof(name))));
+      throw StorageError(fmt::format("{} uses filter {} ({}); only shuffle (2) and then deflate (1) are allowed",
+                                     where_, filter, trimmed(name, sizeof(name))));
     }
   }
 
@@ -747,8 +719,7 @@ Storage Dataset::storage() const {
   }
   const std::uint64_t n_chunks = n_elements(grid);
   if (n_chunks > kMaxChunks) {
-    throw StorageError(
-        fmt::format("{} has {} chunks; at most {} are allowed", where_, n_chunks, kMaxChunks));
+    throw StorageError(fmt::format("{} has {} chunks; at most {} are allowed", where_, n_chunks, kMaxChunks));
   }
   storage.extents.resize(n_chunks);
   std::vector<hsize_t> corner(dims.size());
@@ -767,8 +738,7 @@ Storage Dataset::storage() const {
       continue;
     }
     if (mask != 0) {
-      throw StorageError(where_ +
-                         " has a chunk for which a filter was left out, which is not allowed");
+      throw StorageError(where_ + " has a chunk for which a filter was left out, which is not allowed");
     }
     storage.extents[i] = {offset, bytes};
   }
@@ -784,41 +754,35 @@ void check_bytes(std::uint64_t expected, std::size_t found, const std::string& w
 }
 
 // Selects [start, start + count) in the dataset's own space.
-Handle select_block(hid_t dataset, const Shape& start, const Shape& count,
-                    const std::string& where) {
+Handle select_block(hid_t dataset, const Shape& start, const Shape& count, const std::string& where) {
   Handle space = handle(where + " has no dataspace", [&] { return H5Dget_space(dataset); });
   const Shape dims = shape_of_space(space.get(), where);
   if (start.size() != dims.size() || count.size() != dims.size()) {
-    throw StorageError(where + " has " + std::to_string(dims.size()) +
-                       " dimensions, which the block must match");
+    throw StorageError(where + " has " + std::to_string(dims.size()) + " dimensions, which the block must match");
   }
   for (std::size_t d = 0; d < dims.size(); ++d) {
     if (start[d] > dims[d] || count[d] > dims[d] - start[d]) {
-      throw StorageError(fmt::format("{}: the block at {} of {} lies outside {}", where,
-                                     to_string(start), to_string(count), to_string(dims)));
+      throw StorageError(fmt::format("{}: the block at {} of {} lies outside {}", where, to_string(start),
+                                     to_string(count), to_string(dims)));
     }
   }
   if (!dims.empty()) {
     const std::vector<hsize_t> from(start.begin(), start.end()), n(count.begin(), count.end());
-    checked(where + ": cannot select a block", [&] {
-      return H5Sselect_hyperslab(space.get(), H5S_SELECT_SET, from.data(), nullptr, n.data(),
-                                 nullptr);
-    });
+    checked(where + ": cannot select a block",
+            [&] { return H5Sselect_hyperslab(space.get(), H5S_SELECT_SET, from.data(), nullptr, n.data(), nullptr); });
   }
   return space;
 }
 
 }  // namespace
 
-void Dataset::write_block(const Shape& start, const Shape& count,
-                          std::span<const std::byte> data) const {
+void Dataset::write_block(const Shape& start, const Shape& count, std::span<const std::byte> data) const {
   const Handle type = handle(where_ + " has no type", [&] { return H5Dget_type(handle_.get()); });
   check_bytes(n_elements(count) * H5Tget_size(type.get()), data.size(), where_);
   const Handle file_space = select_block(handle_.get(), start, count, where_);
   const Handle memory_space = make_space(count);
   checked(where_ + " cannot be written", [&] {
-    return H5Dwrite(handle_.get(), type.get(), memory_space.get(), file_space.get(), H5P_DEFAULT,
-                    data.data());
+    return H5Dwrite(handle_.get(), type.get(), memory_space.get(), file_space.get(), H5P_DEFAULT, data.data());
   });
 }
 
@@ -828,8 +792,7 @@ void Dataset::read_block(const Shape& start, const Shape& count, std::span<std::
   const Handle file_space = select_block(handle_.get(), start, count, where_);
   const Handle memory_space = make_space(count);
   checked(where_ + " cannot be read", [&] {
-    return H5Dread(handle_.get(), type.get(), memory_space.get(), file_space.get(), H5P_DEFAULT,
-                   data.data());
+    return H5Dread(handle_.get(), type.get(), memory_space.get(), file_space.get(), H5P_DEFAULT, data.data());
   });
 }
 
@@ -860,8 +823,7 @@ std::uint64_t column_length(hid_t dataset, const Shape& dims, const std::string&
 }
 
 template <typename T>
-std::vector<T> read_column_as(hid_t dataset, std::uint64_t n, hid_t memory,
-                              const std::string& where) {
+std::vector<T> read_column_as(hid_t dataset, std::uint64_t n, hid_t memory, const std::string& where) {
   std::vector<T> values(n);
   if (n > 0) {
     checked(where + " cannot be read",
@@ -897,17 +859,15 @@ std::vector<std::string> Dataset::read_texts() const {
   if (classify(type.get()) != Type::text) {
     throw StorageError(where_ + " must hold texts");
   }
-  const Handle space =
-      handle(where_ + " has no dataspace", [&] { return H5Dget_space(handle_.get()); });
+  const Handle space = handle(where_ + " has no dataspace", [&] { return H5Dget_space(handle_.get()); });
   const std::uint64_t n = column_length(handle_.get(), shape(), where_);
   if (n == 0) {
     return {};
   }
-  return read_texts_with(
-      handle_.get(), type.get(), n, space.get(), where_, [&](hid_t memory, void* out) {
-        checked(where_ + " cannot be read",
-                [&] { return H5Dread(handle_.get(), memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, out); });
-      });
+  return read_texts_with(handle_.get(), type.get(), n, space.get(), where_, [&](hid_t memory, void* out) {
+    checked(where_ + " cannot be read",
+            [&] { return H5Dread(handle_.get(), memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, out); });
+  });
 }
 
 std::vector<std::string> Group::children() const {
@@ -939,22 +899,19 @@ std::string below(const std::string& where, const std::string& name) {
 }
 
 // Opens a member that must exist, be a hard link and be of the asked kind.
-Handle open_member(hid_t group, const std::string& where, const std::string& name,
-                   H5I_type_t kind) {
+Handle open_member(hid_t group, const std::string& where, const std::string& name, H5I_type_t kind) {
   const std::string full = below(where, name);
   const char* noun = kind == H5I_GROUP ? "group" : "dataset";
   silence();
   H5L_info_t info{};
-  if (H5Lexists(group, name.c_str(), H5P_DEFAULT) <= 0 ||
-      H5Lget_info(group, name.c_str(), &info, H5P_DEFAULT) < 0) {
+  if (H5Lexists(group, name.c_str(), H5P_DEFAULT) <= 0 || H5Lget_info(group, name.c_str(), &info, H5P_DEFAULT) < 0) {
     H5Eclear2(H5E_DEFAULT);
     throw StorageError(full + " is missing (a " + noun + " is expected)");
   }
   if (info.type != H5L_TYPE_HARD) {
     throw StorageError(full + " is a soft or external link, which is not allowed");
   }
-  Handle member =
-      handle(full + " cannot be opened", [&] { return H5Oopen(group, name.c_str(), H5P_DEFAULT); });
+  Handle member = handle(full + " cannot be opened", [&] { return H5Oopen(group, name.c_str(), H5P_DEFAULT); });
   if (H5Iget_type(member.get()) != kind) {
     throw StorageError(full + " must be a " + noun);
   }
@@ -967,12 +924,10 @@ Group Group::create_group(const std::string& name) const {
   const std::string full = below(where_, name);
   const std::string context = full + " cannot be created";
   const Handle creation = untimed(H5P_GROUP_CREATE);
-  return Group(handle(context,
-                      [&] {
-                        return H5Gcreate2(handle_.get(), name.c_str(), H5P_DEFAULT, creation.get(),
-                                          H5P_DEFAULT);
-                      }),
-               full);
+  return Group(
+      handle(context,
+             [&] { return H5Gcreate2(handle_.get(), name.c_str(), H5P_DEFAULT, creation.get(), H5P_DEFAULT); }),
+      full);
 }
 
 Group Group::group(const std::string& name) const {
@@ -981,20 +936,16 @@ Group Group::group(const std::string& name) const {
 
 namespace {
 
-Handle create_dataset(hid_t group, const std::string& full, const std::string& name, hid_t type,
-                      const Shape& shape, const Layout& layout) {
+Handle create_dataset(hid_t group, const std::string& full, const std::string& name, hid_t type, const Shape& shape,
+                      const Layout& layout) {
   const std::string context = full + " cannot be created";
   const Handle creation = untimed(H5P_DATASET_CREATE);
   if (!layout.chunk.empty()) {
     const std::vector<hsize_t> chunk(layout.chunk.begin(), layout.chunk.end());
-    checked(context, [&] {
-      return H5Pset_chunk(creation.get(), static_cast<int>(chunk.size()), chunk.data());
-    });
+    checked(context, [&] { return H5Pset_chunk(creation.get(), static_cast<int>(chunk.size()), chunk.data()); });
     if (layout.deflate > 0) {
       checked(context, [&] { return H5Pset_shuffle(creation.get()); });
-      checked(context, [&] {
-        return H5Pset_deflate(creation.get(), static_cast<unsigned>(layout.deflate));
-      });
+      checked(context, [&] { return H5Pset_deflate(creation.get(), static_cast<unsigned>(layout.deflate)); });
     }
   } else if (layout.reserved) {
     checked(context, [&] { return H5Pset_alloc_time(creation.get(), H5D_ALLOC_TIME_EARLY); });
@@ -1002,18 +953,15 @@ Handle create_dataset(hid_t group, const std::string& full, const std::string& n
   }
   const Handle space = make_space(shape);
   return handle(context, [&] {
-    return H5Dcreate2(group, name.c_str(), type, space.get(), H5P_DEFAULT, creation.get(),
-                      H5P_DEFAULT);
+    return H5Dcreate2(group, name.c_str(), type, space.get(), H5P_DEFAULT, creation.get(), H5P_DEFAULT);
   });
 }
 
 }  // namespace
 
-Dataset Group::create(const std::string& name, Type type, const Shape& shape,
-                      const Layout& layout) const {
+Dataset Group::create(const std::string& name, Type type, const Shape& shape, const Layout& layout) const {
   const std::string full = below(where_, name);
-  return Dataset(create_dataset(handle_.get(), full, name, make_type(type).get(), shape, layout),
-                 full);
+  return Dataset(create_dataset(handle_.get(), full, name, make_type(type).get(), shape, layout), full);
 }
 
 Dataset Group::dataset(const std::string& name) const {
@@ -1024,16 +972,13 @@ void Group::commit_type(const std::string& name, Type type) const {
   const Handle made = make_type(type);
   const Handle creation = untimed(H5P_DATATYPE_CREATE);
   checked(below(where_, name) + " cannot be committed", [&] {
-    return H5Tcommit2(handle_.get(), name.c_str(), made.get(), H5P_DEFAULT, creation.get(),
-                      H5P_DEFAULT);
+    return H5Tcommit2(handle_.get(), name.c_str(), made.get(), H5P_DEFAULT, creation.get(), H5P_DEFAULT);
   });
 }
 
-Dataset Group::create_texts(const std::string& name, std::size_t width, std::uint64_t n,
-                            const Layout& layout) const {
+Dataset Group::create_texts(const std::string& name, std::size_t width, std::uint64_t n, const Layout& layout) const {
   const std::string full = below(where_, name);
-  return Dataset(
-      create_dataset(handle_.get(), full, name, make_text_type(width).get(), {n}, layout), full);
+  return Dataset(create_dataset(handle_.get(), full, name, make_text_type(width).get(), {n}, layout), full);
 }
 
 Dataset Group::write_column(const std::string& name, std::span<const std::string> values) const {
@@ -1043,8 +988,7 @@ Dataset Group::write_column(const std::string& name, std::span<const std::string
   }
   std::vector<char> raw(values.size() * width, '\0');
   for (std::size_t i = 0; i < values.size(); ++i) {
-    std::copy(values[i].begin(), values[i].end(),
-              raw.begin() + static_cast<std::ptrdiff_t>(i * width));
+    std::copy(values[i].begin(), values[i].end(), raw.begin() + static_cast<std::ptrdiff_t>(i * width));
   }
   Dataset dataset = create_texts(name, width, values.size());
   if (!values.empty()) {
@@ -1056,8 +1000,7 @@ Dataset Group::write_column(const std::string& name, std::span<const std::string
 namespace {
 
 template <typename T>
-Dataset write_numbers(const Group& group, const std::string& name, Type type,
-                      std::span<const T> values) {
+Dataset write_numbers(const Group& group, const std::string& name, Type type, std::span<const T> values) {
   Dataset dataset = group.create(name, type, {values.size()});
   if (!values.empty()) {
     dataset.write(std::as_bytes(values));
@@ -1092,13 +1035,19 @@ File File::create(const std::filesystem::path& path) { return create(path, part_
 File File::create(const std::filesystem::path& path, const std::filesystem::path& part) {
   const Handle access = file_access();
   const Handle creation = untimed(H5P_FILE_CREATE);
-  Handle file = handle(part.string() + " cannot be created", [&] {
-    return H5Fcreate(part.c_str(), H5F_ACC_TRUNC, creation.get(), access.get());
-  });
-  Handle root = handle(part.string() + " has no root group",
-                       [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
-  return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path,
-              part);
+  Handle file;
+  try {
+    file = handle(part.string() + " cannot be created",
+                  [&] { return H5Fcreate(part.c_str(), H5F_ACC_TRUNC, creation.get(), access.get()); });
+  } catch (const StorageError&) {
+    std::error_code ignored;
+    if (std::filesystem::is_empty(part, ignored)) {
+      std::filesystem::remove(part, ignored);
+    }
+    throw;
+  }
+  Handle root = handle(part.string() + " has no root group", [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
+  return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, part);
 }
 
 namespace {
@@ -1112,14 +1061,13 @@ Handle open_file(const std::filesystem::path& path, unsigned flags) {
     throw StorageError(path.string() + " is a folder or a device, but a file is expected");
   }
   const Handle access = file_access();
-  Handle file = handle(path.string() + " cannot be opened as HDF5",
-                       [&] { return H5Fopen(path.c_str(), flags, access.get()); });
+  Handle file =
+      handle(path.string() + " cannot be opened as HDF5", [&] { return H5Fopen(path.c_str(), flags, access.get()); });
   // Offsets inside the file are taken as they are, which a user block would shift.
-  const Handle creation = handle(path.string() + " has no creation settings",
-                                 [&] { return H5Fget_create_plist(file.get()); });
+  const Handle creation =
+      handle(path.string() + " has no creation settings", [&] { return H5Fget_create_plist(file.get()); });
   hsize_t user_block = 0;
-  checked(path.string() + " has no superblock",
-          [&] { return H5Pget_userblock(creation.get(), &user_block); });
+  checked(path.string() + " has no superblock", [&] { return H5Pget_userblock(creation.get(), &user_block); });
   if (user_block != 0) {
     throw StorageError(path.string() + " has a user block, which is not allowed");
   }
@@ -1130,15 +1078,13 @@ Handle open_file(const std::filesystem::path& path, unsigned flags) {
 
 File File::open(const std::filesystem::path& path) {
   Handle file = open_file(path, H5F_ACC_RDONLY);
-  Handle root = handle(path.string() + " has no root group",
-                       [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
+  Handle root = handle(path.string() + " has no root group", [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
   return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, {});
 }
 
 File File::open_write(const std::filesystem::path& path) {
   Handle file = open_file(path, H5F_ACC_RDWR);
-  Handle root = handle(path.string() + " has no root group",
-                       [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
+  Handle root = handle(path.string() + " has no root group", [&] { return H5Gopen2(file.get(), "/", H5P_DEFAULT); });
   return File(std::move(file), Group(std::move(root), path.filename().string() + ": /"), path, {});
 }
 
@@ -1146,8 +1092,7 @@ void File::close() {
   if (handle_.get() < 0) {
     return;
   }
-  checked(path_.string() + " cannot be flushed",
-          [&] { return H5Fflush(handle_.get(), H5F_SCOPE_LOCAL); });
+  checked(path_.string() + " cannot be flushed", [&] { return H5Fflush(handle_.get(), H5F_SCOPE_LOCAL); });
   { const Handle root_handle = std::move(root_.handle_); }
   const Handle last = std::move(handle_);
 }
@@ -1173,8 +1118,7 @@ void publish_file(const std::filesystem::path& part, const std::filesystem::path
   std::error_code error;
   std::filesystem::rename(part, path, error);
   if (error) {
-    throw StorageError(part.string() + " cannot be renamed to " + path.string() + " (" +
-                       error.message() + ")");
+    throw StorageError(part.string() + " cannot be renamed to " + path.string() + " (" + error.message() + ")");
   }
   const std::filesystem::path folder = path.parent_path();
   sync_path(folder.empty() ? "." : folder, O_RDONLY | O_DIRECTORY);

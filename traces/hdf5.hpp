@@ -30,10 +30,9 @@ std::uint64_t n_elements(const Shape& shape);
 
 // How a new dataset lies in the file.
 struct Layout {
-  Shape chunk;      // empty = contiguous
-  int deflate = 0;  // 1..9; chunked only, always behind a byte shuffle
-  bool reserved =
-      false;  // contiguous: space is given at creation, so that it has an offset before any write
+  Shape chunk;            // empty = contiguous
+  int deflate = 0;        // 1..9; chunked only, always behind a byte shuffle
+  bool reserved = false;  // contiguous: space is given at creation, so that it has an offset before any write
 };
 
 // Where the bytes of an existing dataset lie, so that they can be read outside the library and its
@@ -44,8 +43,7 @@ struct Extent {
 struct Storage {
   Shape chunk;  // empty = contiguous
   bool shuffle = false, deflate = false;
-  std::vector<Extent>
-      extents;  // contiguous: one; chunked: one per place of the row-major chunk grid
+  std::vector<Extent> extents;  // contiguous: one; chunked: one per place of the row-major chunk grid
 };
 
 // Owns one reference to a library object.
@@ -101,8 +99,7 @@ class Dataset : public Object {
   Type type() const;
   Shape shape() const;
   std::size_t text_bytes() const;  // width of a fixed-length text element; 0 where lengths vary
-  Storage storage()
-      const;  // refuses filters, layouts and links that cannot be read outside the library
+  Storage storage() const;         // refuses filters, layouts and links that cannot be read outside the library
 
   // The whole dataset, or the block [start, start + count) of it, row-major, as stored: no
   // conversion.
@@ -127,11 +124,9 @@ class Group : public Object {
   bool has(const std::string& name) const;
   Group create_group(const std::string& name) const;
   Group group(const std::string& name) const;
-  Dataset create(const std::string& name, Type type, const Shape& shape,
-                 const Layout& layout = {}) const;
+  Dataset create(const std::string& name, Type type, const Shape& shape, const Layout& layout = {}) const;
   // A column of fixed-length, null padded UTF-8 texts.
-  Dataset create_texts(const std::string& name, std::size_t width, std::uint64_t n,
-                       const Layout& layout = {}) const;
+  Dataset create_texts(const std::string& name, std::size_t width, std::uint64_t n, const Layout& layout = {}) const;
   Dataset dataset(const std::string& name) const;
   // Commits `type` under a name, so that a reader in any language can look it up.
   void commit_type(const std::string& name, Type type) const;
@@ -167,10 +162,7 @@ class File {
 
  private:
   File(Handle handle, Group root, std::filesystem::path path, std::filesystem::path part)
-      : handle_(std::move(handle)),
-        root_(std::move(root)),
-        path_(std::move(path)),
-        part_(std::move(part)) {}
+      : handle_(std::move(handle)), root_(std::move(root)), path_(std::move(path)), part_(std::move(part)) {}
   Handle handle_;
   Group root_;
   std::filesystem::path path_, part_;  // part_ empty where nothing is to be published

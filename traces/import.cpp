@@ -23,8 +23,8 @@ std::uint64_t u64(std::int64_t value) { return static_cast<std::uint64_t>(value)
 
 void expect_shape(const NpyArray& array, const Shape& expected, const char* meaning) {
   if (array.shape != expected) {
-    throw TraceError(fmt::format("{}: expected shape ({}) = {}, found ({})", array.where,
-                                 fmt::join(expected, ", "), meaning, fmt::join(array.shape, ", ")));
+    throw TraceError(fmt::format("{}: expected shape ({}) = {}, found ({})", array.where, fmt::join(expected, ", "),
+                                 meaning, fmt::join(array.shape, ", ")));
   }
 }
 
@@ -48,9 +48,8 @@ std::vector<int> layers_of(const Npz& npz, const std::string& path) {
       continue;
     }
     if (!split_name(name, stem, layer) || !kPerLayer.contains(stem)) {
-      throw TraceError(
-          fmt::format("{}: the array '{}' is unknown; allowed are {} and, with a layer number, {}",
-                      path, name, fmt::join(kWhole, ", "), fmt::join(kPerLayer, ", ")));
+      throw TraceError(fmt::format("{}: the array '{}' is unknown; allowed are {} and, with a layer number, {}", path,
+                                   name, fmt::join(kWhole, ", "), fmt::join(kPerLayer, ", ")));
     }
     layers.insert(layer);
   }
@@ -62,13 +61,12 @@ std::vector<int> layers_of(const Npz& npz, const std::string& path) {
 
 std::vector<std::int32_t> int32_list(const NpyArray& array, std::uint64_t n_at_least) {
   if (array.shape.size() != 1 || array.shape[0] < n_at_least) {
-    throw TraceError(fmt::format("{}: expected a list of at least {}, found shape ({})",
-                                 array.where, n_at_least, fmt::join(array.shape, ", ")));
+    throw TraceError(fmt::format("{}: expected a list of at least {}, found shape ({})", array.where, n_at_least,
+                                 fmt::join(array.shape, ", ")));
   }
   std::vector<std::int32_t> values;
   for (const std::int64_t value : array.integers()) {
-    if (value < std::numeric_limits<std::int32_t>::min() ||
-        value > std::numeric_limits<std::int32_t>::max()) {
+    if (value < std::numeric_limits<std::int32_t>::min() || value > std::numeric_limits<std::int32_t>::max()) {
       throw TraceError(fmt::format("{}: {} does not fit 32 bits", array.where, value));
     }
     values.push_back(static_cast<std::int32_t>(value));
@@ -81,8 +79,8 @@ std::vector<Pos> index_list(const NpyArray& array, std::uint64_t n_file, Pos n_t
   std::vector<Pos> index = int32_list(array, 1);
   for (std::size_t i = 0; i < index.size(); ++i) {
     if (index[i] < 0 || u64(index[i]) >= n_file || (i > 0 && index[i] <= index[i - 1])) {
-      throw TraceError(fmt::format("{}: expected ascending tokens below {}, found {} at [{}]",
-                                   array.where, n_file, index[i], i));
+      throw TraceError(
+          fmt::format("{}: expected ascending tokens below {}, found {} at [{}]", array.where, n_file, index[i], i));
     }
   }
   index.erase(std::lower_bound(index.begin(), index.end(), n_tokens), index.end());
@@ -117,8 +115,7 @@ std::vector<double> rope_frequencies(double theta, int rotary_dim) {
   return inv_freq;
 }
 
-void import_npz(const std::filesystem::path& in, const std::filesystem::path& out,
-                const ImportOptions& options) {
+void import_npz(const std::filesystem::path& in, const std::filesystem::path& out, const ImportOptions& options) {
   const std::string path = in.string();
   const Npz npz(in);
   const std::vector<int> present = layers_of(npz, path);
@@ -150,32 +147,30 @@ void import_npz(const std::filesystem::path& in, const std::filesystem::path& ou
     positions.resize(u64(n_tokens));
     for (std::size_t i = 0; i < positions.size(); ++i) {
       if (positions[i] < 0) {
-        throw TraceError(fmt::format("{}: position: expected positions from 0, found {} at [{}]",
-                                     path, positions[i], i));
+        throw TraceError(
+            fmt::format("{}: position: expected positions from 0, found {} at [{}]", path, positions[i], i));
       }
     }
   }
 
   // The first layer says what the model is; all others must agree.
-  const NpyArray first_k = npz.load(name_in("k", meta.layers[0])),
-                 first_v = npz.load(name_in("v", meta.layers[0])),
+  const NpyArray first_k = npz.load(name_in("k", meta.layers[0])), first_v = npz.load(name_in("v", meta.layers[0])),
                  first_q = npz.load(name_in("q", meta.layers[0]));
   for (const NpyArray* array : {&first_k, &first_v, &first_q}) {
     if (array->shape.size() != 3 || array->n_elements() == 0) {
-      throw TraceError(
-          fmt::format("{}: expected three dimensions (heads, tokens, channels), found ({})",
-                      array->where, fmt::join(array->shape, ", ")));
+      throw TraceError(fmt::format("{}: expected three dimensions (heads, tokens, channels), found ({})", array->where,
+                                   fmt::join(array->shape, ", ")));
     }
   }
   const Shape k_shape = {first_k.shape[0], n_file, first_k.shape[2]},
               v_shape = {first_k.shape[0], n_file, first_v.shape[2]};
   if (first_q.shape[0] > u64(schema::kMaxHeads) || first_q.shape[0] % first_k.shape[0] != 0) {
-    throw TraceError(fmt::format("{}: {} query heads are not a multiple of the {} KV heads",
-                                 first_q.where, first_q.shape[0], first_k.shape[0]));
+    throw TraceError(fmt::format("{}: {} query heads are not a multiple of the {} KV heads", first_q.where,
+                                 first_q.shape[0], first_k.shape[0]));
   }
   if (first_k.shape[2] > u64(schema::kMaxHeadDim) || first_v.shape[2] > u64(schema::kMaxHeadDim)) {
-    throw TraceError(fmt::format("{}: a head_dim of more than {} is not supported", first_k.where,
-                                 schema::kMaxHeadDim));
+    throw TraceError(
+        fmt::format("{}: a head_dim of more than {} is not supported", first_k.where, schema::kMaxHeadDim));
   }
   meta.n_heads = static_cast<int>(first_q.shape[0]);
   meta.n_kv_heads = static_cast<int>(first_k.shape[0]);
@@ -191,9 +186,8 @@ void import_npz(const std::filesystem::path& in, const std::filesystem::path& ou
     queries = index_list(q_index, n_file, n_tokens);
     n_queries = q_index.shape[0];
   } else if (first_q.shape[1] != n_file) {
-    throw TraceError(
-        fmt::format("{}: has {} queries of {} tokens; add an array q_index that says which",
-                    first_q.where, first_q.shape[1], n_file));
+    throw TraceError(fmt::format("{}: has {} queries of {} tokens; add an array q_index that says which", first_q.where,
+                                 first_q.shape[1], n_file));
   }
   const Shape q_shape = {first_q.shape[0], n_queries, first_k.shape[2]};
 
@@ -202,8 +196,7 @@ void import_npz(const std::filesystem::path& in, const std::filesystem::path& ou
   writing.archive = options.archive;
   writing.queries = queries;
   std::uint64_t n_outputs = 0;
-  const bool has_out = npz.has(name_in("out", meta.layers[0])),
-             has_w_o = npz.has(name_in("w_o", meta.layers[0]));
+  const bool has_out = npz.has(name_in("out", meta.layers[0])), has_w_o = npz.has(name_in("w_o", meta.layers[0]));
   if (has_out) {
     const NpyArray out_index = npz.load("out_index");
     n_outputs = out_index.n_elements();
@@ -213,8 +206,8 @@ void import_npz(const std::filesystem::path& in, const std::filesystem::path& ou
   if (has_w_o) {
     const NpyArray w_o = npz.load(name_in("w_o", meta.layers[0]));
     if (w_o.shape.size() != 2 || w_o.shape[0] < 1 || w_o.shape[0] > u64(schema::kMaxHidden)) {
-      throw TraceError(fmt::format("{}: expected (hidden, n_heads * v_head_dim), found ({})",
-                                   w_o.where, fmt::join(w_o.shape, ", ")));
+      throw TraceError(fmt::format("{}: expected (hidden, n_heads * v_head_dim), found ({})", w_o.where,
+                                   fmt::join(w_o.shape, ", ")));
     }
     writing.hidden = static_cast<int>(w_o.shape[0]);
     writing.w_o_type = w_o.element();
@@ -226,12 +219,10 @@ void import_npz(const std::filesystem::path& in, const std::filesystem::path& ou
   meta.logit_softcap = options.logit_softcap;
   meta.qk_norm = options.qk_norm;
   if (options.sliding_window < 0) {
-    throw std::invalid_argument(
-        fmt::format("sliding_window {} must be 0 (none) or a length", options.sliding_window));
+    throw std::invalid_argument(fmt::format("sliding_window {} must be 0 (none) or a length", options.sliding_window));
   }
-  meta.sliding_window.assign(
-      static_cast<std::size_t>(std::clamp<int>(meta.n_layers, 0, schema::kMaxLayers)),
-      options.sliding_window);
+  meta.sliding_window.assign(static_cast<std::size_t>(std::clamp<int>(meta.n_layers, 0, schema::kMaxLayers)),
+                             options.sliding_window);
   meta.model_name = options.model_name;
   meta.architecture = options.architecture;
   meta.dtype = name_of(meta.element);
@@ -239,8 +230,7 @@ void import_npz(const std::filesystem::path& in, const std::filesystem::path& ou
   meta.generator = options.generator;
   if (options.rope_theta != 0) {
     if (!std::isfinite(options.rope_theta) || options.rope_theta <= 1) {
-      throw std::invalid_argument(
-          fmt::format("rope_theta {} must be greater than 1", options.rope_theta));
+      throw std::invalid_argument(fmt::format("rope_theta {} must be greater than 1", options.rope_theta));
     }
     meta.rope.present = true;
     meta.rope.style = options.rope_style;
@@ -265,21 +255,18 @@ void import_npz(const std::filesystem::path& in, const std::filesystem::path& ou
         throw TraceError(fmt::format("{}: layer {}: {}", path, layer, error.what()));
       }
       if (has_out != npz.has(name_in("out", layer)) || has_w_o != npz.has(name_in("w_o", layer))) {
-        throw TraceError(
-            fmt::format("{}: out and w_o must be there for all layers or for none", path));
+        throw TraceError(fmt::format("{}: out and w_o must be there for all layers or for none", path));
       }
       if (has_out) {
         const NpyArray outputs = npz.load(name_in("out", layer));
-        expect_shape(outputs, {u64(meta.n_heads), n_outputs, u64(meta.v_head_dim)},
-                     "(n_heads, n_check, v_head_dim)");
+        expect_shape(outputs, {u64(meta.n_heads), n_outputs, u64(meta.v_head_dim)}, "(n_heads, n_check, v_head_dim)");
         const std::vector<float> values = outputs.floats();
         const std::size_t width = u64(meta.v_head_dim);
         std::vector<float> row(u64(meta.n_heads) * width);  // (n_heads, v_head_dim)
         for (std::size_t i = 0; i < writing.outputs.size(); ++i) {
           for (std::size_t head = 0; head < u64(meta.n_heads); ++head) {
-            std::copy_n(
-                values.begin() + static_cast<std::ptrdiff_t>((head * n_outputs + i) * width), width,
-                row.begin() + static_cast<std::ptrdiff_t>(head * width));
+            std::copy_n(values.begin() + static_cast<std::ptrdiff_t>((head * n_outputs + i) * width), width,
+                        row.begin() + static_cast<std::ptrdiff_t>(head * width));
           }
           writer.write_output(layer, writing.outputs[i], row);
         }

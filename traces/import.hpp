@@ -30,8 +30,7 @@ struct ImportOptions {
 // Arrays: token_ids; per layer number l q{l} [n_heads, n_queries, head_dim], k{l} and v{l}
 // [n_kv_heads, n_tokens, .]; optional q_index, position, out{l} with out_index, w_o{l}. Bad arrays
 // are a TraceError, bad options a std::invalid_argument.
-void import_npz(const std::filesystem::path& in, const std::filesystem::path& out,
-                const ImportOptions& options);
+void import_npz(const std::filesystem::path& in, const std::filesystem::path& out, const ImportOptions& options);
 
 // theta^(-2 i / rotary_dim)
 std::vector<double> rope_frequencies(double theta, int rotary_dim);

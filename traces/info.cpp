@@ -26,8 +26,7 @@ std::string queries_text(std::span<const Pos> index, Pos n_tokens) {
   if (index.size() == static_cast<std::size_t>(n_tokens)) {
     return "all";
   }
-  const bool tail = index.back() == n_tokens - 1 &&
-                    index.size() == static_cast<std::size_t>(n_tokens - index.front());
+  const bool tail = index.back() == n_tokens - 1 && index.size() == static_cast<std::size_t>(n_tokens - index.front());
   return tail ? fmt::format("from token {}", index.front())
               : fmt::format("{} tokens from {} to {}", index.size(), index.front(), index.back());
 }
@@ -109,7 +108,9 @@ Json describe(const TraceReader& trace) {
 
 }  // namespace
 
-std::string info_json(const TraceReader& trace) { return describe(trace).dump(2, ' ', false, Json::error_handler_t::replace); }
+std::string info_json(const TraceReader& trace) {
+  return describe(trace).dump(2, ' ', false, Json::error_handler_t::replace);
+}
 
 std::string info_text(const TraceReader& trace) {
   const TraceInfo& info = trace.info();
@@ -121,38 +122,30 @@ std::string info_text(const TraceReader& trace) {
     }
   };
   const std::string architecture = info.architecture.empty() ? "" : " (" + info.architecture + ")";
-  line("trace",
-       info.path.string() + (info.complete ? "" : "  (interrupted: see kvreplay recover)"));
+  line("trace", info.path.string() + (info.complete ? "" : "  (interrupted: see kvreplay recover)"));
   line("model", info.model_name + architecture);
-  line("layers", fmt::format("{} of {}: {}", info.layers.size(), info.n_layers,
-                             fmt::join(info.layers, ", ")));
-  line("heads", fmt::format("{} query, {} KV (group_size {}), head_dim {}{}", info.n_heads,
-                            info.n_kv_heads, info.group_size, info.head_dim,
-                            info.v_head_dim == info.head_dim
-                                ? ""
-                                : fmt::format(", v_head_dim {}", info.v_head_dim)));
-  line("tokens", fmt::format("{} ({} prompt, {} decode)", info.n_tokens, info.prompt_len,
-                             info.n_tokens - info.prompt_len));
-  line("elements",
-       fmt::format("{}, {} profile, {:.1f} MB stored as {:.1f} MB", name_of(info.element),
-                   json["profile"].get<std::string>(), json["bytes"].get<double>() / 1e6,
-                   json["stored_bytes"].get<double>() / 1e6));
+  line("layers", fmt::format("{} of {}: {}", info.layers.size(), info.n_layers, fmt::join(info.layers, ", ")));
+  line("heads", fmt::format("{} query, {} KV (group_size {}), head_dim {}{}", info.n_heads, info.n_kv_heads,
+                            info.group_size, info.head_dim,
+                            info.v_head_dim == info.head_dim ? "" : fmt::format(", v_head_dim {}", info.v_head_dim)));
+  line("tokens",
+       fmt::format("{} ({} prompt, {} decode)", info.n_tokens, info.prompt_len, info.n_tokens - info.prompt_len));
+  line("elements", fmt::format("{}, {} profile, {:.1f} MB stored as {:.1f} MB", name_of(info.element),
+                               json["profile"].get<std::string>(), json["bytes"].get<double>() / 1e6,
+                               json["stored_bytes"].get<double>() / 1e6));
   line("attention_scale", fmt::format("{}", info.attention_scale));
   line("logit_softcap", info.logit_softcap > 0 ? fmt::format("{}", info.logit_softcap) : "");
   line("qk_norm", info.qk_norm ? "yes" : "no");
-  const auto windowed = std::count_if(info.sliding_window.begin(), info.sliding_window.end(),
-                                      [](int w) { return w > 0; });
-  line("sliding_window",
-       windowed > 0 ? fmt::format("{} of {} model layers", windowed, info.n_layers) : "none");
+  const auto windowed =
+      std::count_if(info.sliding_window.begin(), info.sliding_window.end(), [](int w) { return w > 0; });
+  line("sliding_window", windowed > 0 ? fmt::format("{} of {} model layers", windowed, info.n_layers) : "none");
   line("rope", !info.rope.present
                    ? "none"
-                   : fmt::format("{}, {} of {} channels, theta {}{}", info.rope.style,
-                                 info.rope.rotary_dim, info.head_dim, info.rope.theta,
-                                 info.rope.invertible ? "" : ", not invertible"));
+                   : fmt::format("{}, {} of {} channels, theta {}{}", info.rope.style, info.rope.rotary_dim,
+                                 info.head_dim, info.rope.theta, info.rope.invertible ? "" : ", not invertible"));
   const int first = info.layers.front();
   line("queries", queries_text(trace.q_index(first), info.n_tokens));
-  line("outputs",
-       trace.has_out(first) ? fmt::format("at {} tokens", trace.out_index(first).size()) : "none");
+  line("outputs", trace.has_out(first) ? fmt::format("at {} tokens", trace.out_index(first).size()) : "none");
   line("w_o", trace.has_w_o(first) ? fmt::format("yes, hidden {}", trace.hidden(first)) : "no");
   line("scores", fmt::format("{}", fmt::join(trace.score_names(first), ", ")));
   for (const Span& span : info.spans) {

@@ -39,8 +39,7 @@ Directory find_directory(const FileBytes& file, const std::string& path) {
     }
     Directory found{field<std::uint32_t>(tail, at + 16), field<std::uint32_t>(tail, at + 12),
                     field<std::uint16_t>(tail, at + 10)};
-    const bool large =
-        found.offset == 0xffffffffU || found.bytes == 0xffffffffU || found.n_entries == 0xffffU;
+    const bool large = found.offset == 0xffffffffU || found.bytes == 0xffffffffU || found.n_entries == 0xffffU;
     if (large && at >= kLocator && field<std::uint32_t>(tail, at - kLocator) == 0x07064b50U) {
       const auto end64 = field<std::uint64_t>(tail, at - kLocator + 8);
       if (file.size() < kEnd64 || end64 > file.size() - kEnd64) {
@@ -51,11 +50,9 @@ Directory find_directory(const FileBytes& file, const std::string& path) {
       if (field<std::uint32_t>(record, 0) != 0x06064b50U) {
         break;
       }
-      found = {field<std::uint64_t>(record, 48), field<std::uint64_t>(record, 40),
-               field<std::uint64_t>(record, 32)};
+      found = {field<std::uint64_t>(record, 48), field<std::uint64_t>(record, 40), field<std::uint64_t>(record, 32)};
     }
-    if (found.bytes > kMaxDirectory || found.offset > file.size() ||
-        found.bytes > file.size() - found.offset) {
+    if (found.bytes > kMaxDirectory || found.offset > file.size() || found.bytes > file.size() - found.offset) {
       break;
     }
     return found;
@@ -64,8 +61,7 @@ Directory find_directory(const FileBytes& file, const std::string& path) {
 }
 
 // The raw deflate stream of a zip entry.
-void inflate_exactly(std::span<const std::byte> in, std::span<std::byte> out,
-                     const std::string& where) {
+void inflate_exactly(std::span<const std::byte> in, std::span<std::byte> out, const std::string& where) {
   z_stream stream{};
   if (::inflateInit2(&stream, -MAX_WBITS) != Z_OK) {
     throw TraceError(where + ": cannot be inflated");
@@ -75,8 +71,7 @@ void inflate_exactly(std::span<const std::byte> in, std::span<std::byte> out,
   std::byte overflow{};  // where an entry that is longer than it says would go
   while (status == Z_OK) {
     constexpr std::size_t kMax = std::size_t{1} << 30;  // zlib counts in 32 bits
-    const std::size_t give = std::min(in.size() - read, kMax),
-                      room = std::min(out.size() - written, kMax);
+    const std::size_t give = std::min(in.size() - read, kMax), room = std::min(out.size() - written, kMax);
     stream.next_in = reinterpret_cast<Bytef*>(const_cast<std::byte*>(in.data() + read));
     stream.avail_in = static_cast<uInt>(give);
     stream.next_out = reinterpret_cast<Bytef*>(room > 0 ? out.data() + written : &overflow);
@@ -92,15 +87,13 @@ void inflate_exactly(std::span<const std::byte> in, std::span<std::byte> out,
   }
   ::inflateEnd(&stream);
   if (status != Z_STREAM_END || written != out.size()) {
-    throw TraceError(fmt::format("{}: does not inflate to its {} bytes; the file is damaged", where,
-                                 out.size()));
+    throw TraceError(fmt::format("{}: does not inflate to its {} bytes; the file is damaged", where, out.size()));
   }
 }
 
 // What the header of an .npy file says: {'descr': '<f2', 'fortran_order': False, 'shape': (8, 2048,
 // 64), }
-std::string text_after(const std::string& header, const std::string& key,
-                       const std::string& where) {
+std::string text_after(const std::string& header, const std::string& key, const std::string& where) {
   const std::size_t at = header.find("'" + key + "'");
   const std::size_t colon = at == std::string::npos ? at : header.find(':', at);
   if (colon == std::string::npos) {
@@ -152,8 +145,7 @@ Npz::Npz(const std::filesystem::path& path) : path_(path) {
       throw damaged();
     }
     const auto flags = field<std::uint16_t>(bytes, at + 8);
-    const std::size_t n_name = field<std::uint16_t>(bytes, at + 28),
-                      n_extra = field<std::uint16_t>(bytes, at + 30),
+    const std::size_t n_name = field<std::uint16_t>(bytes, at + 28), n_extra = field<std::uint16_t>(bytes, at + 30),
                       n_comment = field<std::uint16_t>(bytes, at + 32);
     if (bytes.size() - at - kHeader < n_name + n_extra + n_comment) {
       throw damaged();
@@ -186,10 +178,9 @@ Npz::Npz(const std::filesystem::path& path) : path_(path) {
       throw TraceError(where + ": is encrypted or compressed in a way that NumPy does not use");
     }
     if (entry.offset > file_->size() || entry.stored_bytes > file_->size() - entry.offset ||
-        (entry.method == 0 && entry.bytes != entry.stored_bytes) ||
-        entry.bytes / kMaxInflation > entry.stored_bytes) {
-      throw TraceError(fmt::format("{}: claims {} bytes from {} at byte {} of a file of {}", where,
-                                   entry.bytes, entry.stored_bytes, entry.offset, file_->size()));
+        (entry.method == 0 && entry.bytes != entry.stored_bytes) || entry.bytes / kMaxInflation > entry.stored_bytes) {
+      throw TraceError(fmt::format("{}: claims {} bytes from {} at byte {} of a file of {}", where, entry.bytes,
+                                   entry.stored_bytes, entry.offset, file_->size()));
     }
     if (!name.ends_with(".npy")) {
       throw TraceError(where + ": is not an .npy array");
@@ -213,8 +204,8 @@ std::vector<std::byte> Npz::contents(const std::string& name) const {
   const std::string where = path_.string() + ": " + name;
   const auto found = entries_.find(name);
   if (found == entries_.end()) {
-    throw TraceError(fmt::format("{}: the array '{}' is missing; it has {}", path_.string(), name,
-                                 fmt::join(names(), ", ")));
+    throw TraceError(
+        fmt::format("{}: the array '{}' is missing; it has {}", path_.string(), name, fmt::join(names(), ", ")));
   }
   const Entry& entry = found->second;
   constexpr std::uint64_t kLocal = 30;
@@ -255,8 +246,7 @@ NpyArray Npz::load(const std::string& name) const {
   }
   const int version = std::to_integer<int>(bytes[6]);
   const std::size_t n_length = version == 1 ? 2 : 4;
-  const std::size_t n_header =
-      version == 1 ? field<std::uint16_t>(bytes, 8) : field<std::uint32_t>(bytes, 8);
+  const std::size_t n_header = version == 1 ? field<std::uint16_t>(bytes, 8) : field<std::uint32_t>(bytes, 8);
   const std::size_t begin = 8 + n_length + n_header;
   if (version < 1 || version > 3 || n_header > 65536 || begin > bytes.size()) {
     throw TraceError(array.where + ": its .npy header is damaged");
@@ -269,11 +259,9 @@ NpyArray Npz::load(const std::string& name) const {
   }
   const char order = descr[1];
   array.kind = descr[2];
-  const auto [end, error] =
-      std::from_chars(descr.data() + 3, descr.data() + quote, array.item_bytes);
+  const auto [end, error] = std::from_chars(descr.data() + 3, descr.data() + quote, array.item_bytes);
   const bool sized = error == std::errc() && end == descr.data() + quote &&
-                     (array.item_bytes == 1 || array.item_bytes == 2 || array.item_bytes == 4 ||
-                      array.item_bytes == 8);
+                     (array.item_bytes == 1 || array.item_bytes == 2 || array.item_bytes == 4 || array.item_bytes == 8);
   if (!sized || std::string_view("fiubV").find(array.kind) == std::string_view::npos ||
       (order != '<' && order != '|')) {
     throw TraceError(array.where + ": has NumPy type " + descr.substr(0, quote + 1) +
@@ -291,8 +279,8 @@ NpyArray Npz::load(const std::string& name) const {
     expected *= dim;
   }
   if (expected != bytes.size() - begin) {
-    throw TraceError(fmt::format("{}: shape ({}) needs {} bytes, found {}", array.where,
-                                 fmt::join(array.shape, ", "), expected, bytes.size() - begin));
+    throw TraceError(fmt::format("{}: shape ({}) needs {} bytes, found {}", array.where, fmt::join(array.shape, ", "),
+                                 expected, bytes.size() - begin));
   }
   bytes.erase(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(begin));
   array.data = std::move(bytes);
@@ -303,8 +291,7 @@ std::uint64_t NpyArray::n_elements() const { return data.size() / item_bytes; }
 
 std::vector<std::int64_t> NpyArray::integers() const {
   if (kind != 'i' && kind != 'u' && kind != 'b') {
-    throw TraceError(where + ": integers are expected, found NumPy kind '" + std::string(1, kind) +
-                     "'");
+    throw TraceError(where + ": integers are expected, found NumPy kind '" + std::string(1, kind) + "'");
   }
   std::vector<std::int64_t> values(n_elements());
   for (std::size_t i = 0; i < values.size(); ++i) {
@@ -332,10 +319,10 @@ ElementType NpyArray::element() const {
   if (kind == 'f' && item_bytes >= 4) {
     return ElementType::f32;
   }
-  throw TraceError(fmt::format(
-      "{}: has NumPy type {}{}; allowed are float16, float32, float64, and uint16 or V2 "
-      "holding bfloat16",
-      where, kind, item_bytes));
+  throw TraceError(
+      fmt::format("{}: has NumPy type {}{}; allowed are float16, float32, float64, and uint16 or V2 "
+                  "holding bfloat16",
+                  where, kind, item_bytes));
 }
 
 std::vector<float> NpyArray::floats() const {
@@ -353,16 +340,14 @@ std::vector<float> NpyArray::floats() const {
     finite = widen(type, data.data(), values);
   }
   if (!finite) {
-    const auto bad =
-        std::find_if(values.begin(), values.end(), [](float x) { return !std::isfinite(x); });
+    const auto bad = std::find_if(values.begin(), values.end(), [](float x) { return !std::isfinite(x); });
     std::uint64_t rest = static_cast<std::uint64_t>(bad - values.begin());
     std::vector<std::uint64_t> index(shape.size());
     for (std::size_t d = shape.size(); d-- > 0;) {
       index[d] = rest % shape[d];
       rest /= shape[d];
     }
-    throw TraceError(fmt::format("{}: expected finite values, found {} at [{}]", where, *bad,
-                                 fmt::join(index, ", ")));
+    throw TraceError(fmt::format("{}: expected finite values, found {} at [{}]", where, *bad, fmt::join(index, ", ")));
   }
   return values;
 }

@@ -22,17 +22,14 @@ using hdf5::Dataset;
 using hdf5::Group;
 using hdf5::Shape;
 
-[[noreturn]] void refuse(const std::string& where, const std::string& expected,
-                         const std::string& found) {
+[[noreturn]] void refuse(const std::string& where, const std::string& expected, const std::string& found) {
   throw TraceError(where + ": expected " + expected + ", found " + found);
 }
 
-std::int64_t integer_in(const hdf5::Object& object, const char* name, std::int64_t low,
-                        std::int64_t high) {
+std::int64_t integer_in(const hdf5::Object& object, const char* name, std::int64_t low, std::int64_t high) {
   const std::int64_t value = object.integer(name);
   if (value < low || value > high) {
-    refuse(object.where() + "@" + name, fmt::format("an integer from {} to {}", low, high),
-           std::to_string(value));
+    refuse(object.where() + "@" + name, fmt::format("an integer from {} to {}", low, high), std::to_string(value));
   }
   return value;
 }
@@ -57,15 +54,14 @@ std::string text_or_empty(const hdf5::Object& object, const char* name) {
 // silent default. Files of a later minor version may hold more; names that start with x_ are the
 // writer's own.
 template <typename Known>
-void refuse_unknown(const std::vector<std::string>& found, const Known& known,
-                    const std::string& where, const char* noun) {
+void refuse_unknown(const std::vector<std::string>& found, const Known& known, const std::string& where,
+                    const char* noun) {
   for (const std::string& name : found) {
-    if (!name.starts_with(schema::kUserPrefix) &&
-        std::find(known.begin(), known.end(), name) == known.end()) {
-      throw TraceError(fmt::format(
-          "{} has the {} '{}', which format {} does not know; allowed are {} and names that "
-          "start with {}",
-          where, noun, name, schema::kVersion, fmt::join(known, ", "), schema::kUserPrefix));
+    if (!name.starts_with(schema::kUserPrefix) && std::find(known.begin(), known.end(), name) == known.end()) {
+      throw TraceError(
+          fmt::format("{} has the {} '{}', which format {} does not know; allowed are {} and names that "
+                      "start with {}",
+                      where, noun, name, schema::kVersion, fmt::join(known, ", "), schema::kUserPrefix));
     }
   }
 }
@@ -79,8 +75,7 @@ ElementType element_of(const Dataset& dataset) {
     case hdf5::Type::f32:
       return ElementType::f32;
     default:
-      refuse(dataset.where(), "little-endian float16, bfloat16 or float32",
-             std::string(name_of(dataset.type())));
+      refuse(dataset.where(), "little-endian float16, bfloat16 or float32", std::string(name_of(dataset.type())));
   }
 }
 
@@ -94,16 +89,16 @@ void expect_shape(const Dataset& dataset, const Shape& expected) {
 // A column of at least `n_valid` integers of exactly `n_rows`, the first n_valid of them within
 // [low, high].
 template <typename T>
-std::vector<T> integer_column(const Group& group, const char* name, std::uint64_t n_rows,
-                              std::uint64_t n_valid, std::int64_t low, std::int64_t high) {
+std::vector<T> integer_column(const Group& group, const char* name, std::uint64_t n_rows, std::uint64_t n_valid,
+                              std::int64_t low, std::int64_t high) {
   const Dataset dataset = group.dataset(name);
   expect_shape(dataset, {n_rows});
   const std::vector<std::int64_t> values = dataset.read_integers();
   std::vector<T> column(n_valid);
   for (std::uint64_t i = 0; i < n_valid; ++i) {
     if (values[i] < low || values[i] > high) {
-      refuse(fmt::format("{}[{}]", dataset.where(), i),
-             fmt::format("a value from {} to {}", low, high), std::to_string(values[i]));
+      refuse(fmt::format("{}[{}]", dataset.where(), i), fmt::format("a value from {} to {}", low, high),
+             std::to_string(values[i]));
     }
     column[i] = static_cast<T>(values[i]);
   }
@@ -111,8 +106,7 @@ std::vector<T> integer_column(const Group& group, const char* name, std::uint64_
 }
 
 // Token indices, strictly ascending; those from n_valid on belong to tokens that never came.
-std::vector<Pos> index_column(const Group& group, const char* name, std::uint64_t n_rows,
-                              Pos n_tokens, Pos n_valid) {
+std::vector<Pos> index_column(const Group& group, const char* name, std::uint64_t n_rows, Pos n_tokens, Pos n_valid) {
   const Dataset dataset = group.dataset(name);
   expect_shape(dataset, {n_rows});
   std::vector<Pos> index;
@@ -135,8 +129,7 @@ std::vector<Pos> index_column(const Group& group, const char* name, std::uint64_
 int layer_number(const std::string& name, const std::string& where, int n_layers) {
   int number = -1;
   const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), number);
-  if (error != std::errc() || end != name.data() + name.size() || number < 0 ||
-      name != fmt::format("{:03}", number)) {
+  if (error != std::errc() || end != name.data() + name.size() || number < 0 || name != fmt::format("{:03}", number)) {
     refuse(where, "layer groups named 000, 001, ...", "'" + name + "'");
   }
   if (number >= n_layers) {
@@ -168,19 +161,16 @@ void read_model(const Group& root, bool strict, TraceInfo& info) {
   info.v_head_dim = int_in(model, schema::kVHeadDim, 1, schema::kMaxHeadDim);
   info.attention_scale = finite(model, schema::kAttentionScale);
   if (info.attention_scale <= 0) {
-    refuse(model.where() + "@attention_scale", "a positive number",
-           fmt::format("{}", info.attention_scale));
+    refuse(model.where() + "@attention_scale", "a positive number", fmt::format("{}", info.attention_scale));
   }
   info.logit_softcap = finite(model, schema::kLogitSoftcap);
   if (info.logit_softcap < 0) {
-    refuse(model.where() + "@logit_softcap", "0 (none) or a positive number",
-           fmt::format("{}", info.logit_softcap));
+    refuse(model.where() + "@logit_softcap", "0 (none) or a positive number", fmt::format("{}", info.logit_softcap));
   }
   info.qk_norm = model.has_attribute(schema::kQkNorm) && int_in(model, schema::kQkNorm, 0, 1) == 1;
   const std::vector<std::int64_t> windows = model.integers(schema::kSlidingWindow);
   if (windows.size() != static_cast<std::size_t>(info.n_layers)) {
-    refuse(model.where() + "@sliding_window",
-           fmt::format("{} values, one per model layer", info.n_layers),
+    refuse(model.where() + "@sliding_window", fmt::format("{} values, one per model layer", info.n_layers),
            std::to_string(windows.size()));
   }
   for (const std::int64_t window : windows) {
@@ -207,20 +197,16 @@ void read_model(const Group& root, bool strict, TraceInfo& info) {
   if (rope.rotary_dim % 2 != 0) {
     refuse(group.where() + "@rotary_dim", "an even number", std::to_string(rope.rotary_dim));
   }
-  rope.attention_factor =
-      group.has_attribute(schema::kAttentionFactor) ? finite(group, schema::kAttentionFactor) : 1;
+  rope.attention_factor = group.has_attribute(schema::kAttentionFactor) ? finite(group, schema::kAttentionFactor) : 1;
   if (rope.attention_factor <= 0) {
-    refuse(group.where() + "@attention_factor", "a positive number",
-           fmt::format("{}", rope.attention_factor));
+    refuse(group.where() + "@attention_factor", "a positive number", fmt::format("{}", rope.attention_factor));
   }
   rope.theta = group.has_attribute(schema::kTheta) ? finite(group, schema::kTheta) : 0;
   rope.scaling_json = text_or_empty(group, schema::kScalingJson);
-  rope.invertible =
-      !group.has_attribute(schema::kInvertible) || int_in(group, schema::kInvertible, 0, 1) == 1;
+  rope.invertible = !group.has_attribute(schema::kInvertible) || int_in(group, schema::kInvertible, 0, 1) == 1;
   rope.inv_freq = group.reals(schema::kInvFreq);
   if (rope.inv_freq.size() != static_cast<std::size_t>(rope.rotary_dim / 2)) {
-    refuse(group.where() + "@inv_freq",
-           fmt::format("{} values (rotary_dim / 2)", rope.rotary_dim / 2),
+    refuse(group.where() + "@inv_freq", fmt::format("{} values (rotary_dim / 2)", rope.rotary_dim / 2),
            std::to_string(rope.inv_freq.size()));
   }
   for (const double frequency : rope.inv_freq) {
@@ -235,16 +221,14 @@ void read_tokens(const Group& root, bool strict, std::uint64_t n_rows, TraceInfo
   constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
   const Group tokens = root.group(schema::kTokens);
   if (strict) {
-    refuse_unknown(tokens.children(),
-                   std::array{schema::kId, schema::kPosition, schema::kPhase, schema::kLogprob,
-                              schema::kPiece, schema::kSpans},
-                   tokens.where(), "member");
+    refuse_unknown(
+        tokens.children(),
+        std::array{schema::kId, schema::kPosition, schema::kPhase, schema::kLogprob, schema::kPiece, schema::kSpans},
+        tokens.where(), "member");
   }
   const auto n_valid = static_cast<std::uint64_t>(info.n_tokens);
-  info.token_ids =
-      integer_column<std::int32_t>(tokens, schema::kId, n_rows, n_valid, kInt32Min, kInt32Max);
-  info.positions =
-      integer_column<std::int32_t>(tokens, schema::kPosition, n_rows, n_valid, 0, kInt32Max);
+  info.token_ids = integer_column<std::int32_t>(tokens, schema::kId, n_rows, n_valid, kInt32Min, kInt32Max);
+  info.positions = integer_column<std::int32_t>(tokens, schema::kPosition, n_rows, n_valid, 0, kInt32Max);
   info.phase = integer_column<std::uint8_t>(tokens, schema::kPhase, n_rows, n_valid, 0, 1);
   const auto first_decode = std::find(info.phase.begin(), info.phase.end(), 1);
   info.prompt_len = static_cast<Pos>(first_decode - info.phase.begin());
@@ -272,18 +256,15 @@ void read_tokens(const Group& root, bool strict, std::uint64_t n_rows, TraceInfo
     const Group spans = tokens.group(schema::kSpans);
     const std::vector<std::string> names = spans.dataset(schema::kName).read_texts();
     const auto limit = static_cast<std::int64_t>(n_rows);
-    const auto begins =
-        integer_column<Pos>(spans, schema::kBegin, names.size(), names.size(), 0, limit);
-    const auto ends =
-        integer_column<Pos>(spans, schema::kEnd, names.size(), names.size(), 0, limit);
+    const auto begins = integer_column<Pos>(spans, schema::kBegin, names.size(), names.size(), 0, limit);
+    const auto ends = integer_column<Pos>(spans, schema::kEnd, names.size(), names.size(), 0, limit);
     for (std::size_t i = 0; i < names.size(); ++i) {
       if (begins[i] > ends[i]) {
         refuse(fmt::format("{} '{}'", spans.where(), names[i]), "begin before end",
                fmt::format("{} to {}", begins[i], ends[i]));
       }
       // Spans of an interrupted capture end where its tokens do.
-      info.spans.push_back(
-          {names[i], std::min(begins[i], info.n_tokens), std::min(ends[i], info.n_tokens)});
+      info.spans.push_back({names[i], std::min(begins[i], info.n_tokens), std::min(ends[i], info.n_tokens)});
     }
   }
 }
@@ -300,8 +281,7 @@ struct TraceReader::Layer {
   std::vector<Pos> q_index, out_index;
 
   const StoredArray* find(const std::string& name) const {
-    const auto at =
-        std::find_if(arrays.begin(), arrays.end(), [&](const auto& a) { return a.first == name; });
+    const auto at = std::find_if(arrays.begin(), arrays.end(), [&](const auto& a) { return a.first == name; });
     return at == arrays.end() ? nullptr : &at->second;
   }
 };
@@ -340,15 +320,14 @@ void TraceReader::open(const std::filesystem::path& path) {
     std::from_chars(dot + 1, version.data() + version.size(), minor);
   }
   if (major != schema::kMajor || minor < 0) {
-    refuse(root.where() + "@format_version",
-           fmt::format("{}.x, which this version reads", schema::kMajor), "'" + version + "'");
+    refuse(root.where() + "@format_version", fmt::format("{}.x, which this version reads", schema::kMajor),
+           "'" + version + "'");
   }
   const bool strict = minor <= schema::kMinor;
   if (strict) {
     refuse_unknown(root.attribute_names(), schema::kRootAttributes, root.where(), "attribute");
     refuse_unknown(root.children(),
-                   std::array{schema::kModel, schema::kTypes, schema::kTokens, schema::kNValid,
-                              schema::kLayers},
+                   std::array{schema::kModel, schema::kTypes, schema::kTokens, schema::kNValid, schema::kLayers},
                    root.where(), "member");
   }
   info_.uuid = text_or_empty(root, schema::kUuid);
@@ -356,8 +335,7 @@ void TraceReader::open(const std::filesystem::path& path) {
   info_.generator = text_or_empty(root, schema::kGenerator);
   info_.provenance = text_or_empty(root, schema::kProvenance);
   info_.content_hash = text_or_empty(root, schema::kContentHash);
-  info_.complete =
-      !root.has_attribute(schema::kComplete) || int_in(root, schema::kComplete, 0, 1) == 1;
+  info_.complete = !root.has_attribute(schema::kComplete) || int_in(root, schema::kComplete, 0, 1) == 1;
   read_model(root, strict, info_);
 
   // Tokens: how many the file has room for, and how many came.
@@ -389,14 +367,14 @@ void TraceReader::open(const std::filesystem::path& path) {
     const std::vector<std::string> members = group.children();
     if (strict) {
       refuse_unknown(members,
-                     std::array{schema::kK, schema::kV, schema::kQ, schema::kQIndex, schema::kOut,
-                                schema::kOutIndex, schema::kWO, schema::kScores},
+                     std::array{schema::kK, schema::kV, schema::kQ, schema::kQIndex, schema::kOut, schema::kOutIndex,
+                                schema::kWO, schema::kScores},
                      group.where(), "member");
     }
     Layer layer;
     // `dims` is the expected shape; two-dimensional arrays are seen as three-dimensional ones.
-    const auto add = [&](const Group& in, const char* set_name, const std::string& key,
-                         const Shape& dims, std::uint64_t valid) {
+    const auto add = [&](const Group& in, const char* set_name, const std::string& key, const Shape& dims,
+                         std::uint64_t valid) {
       const Dataset dataset = in.dataset(set_name);
       expect_shape(dataset, dims);
       const ElementType type = element_of(dataset);
@@ -410,14 +388,12 @@ void TraceReader::open(const std::filesystem::path& path) {
         }
       }
       layer.hashes[key] = text_or_empty(dataset, schema::kSha256);
-      layer.arrays.emplace_back(
-          key, StoredArray(file_, dataset.where(), type, three, std::move(storage), valid));
+      layer.arrays.emplace_back(key, StoredArray(file_, dataset.where(), type, three, std::move(storage), valid));
       return type;
     };
     const auto one_type = [&](ElementType type, const char* set_name) {
       if (element && *element != type) {
-        refuse(group.where() + "/" + set_name,
-               fmt::format("{} like the rest of q, k and v", name_of(*element)),
+        refuse(group.where() + "/" + set_name, fmt::format("{} like the rest of q, k and v", name_of(*element)),
                std::string(name_of(type)));
       }
       element = type;
@@ -425,22 +401,17 @@ void TraceReader::open(const std::filesystem::path& path) {
     const std::uint64_t n_heads = u64(info_.n_heads), n_kv_heads = u64(info_.n_kv_heads);
     const std::uint64_t head_dim = u64(info_.head_dim), v_head_dim = u64(info_.v_head_dim);
     const auto tokens = u64(info_.n_tokens);
-    one_type(add(group, schema::kK, schema::kK, {n_kv_heads, n_rows, head_dim}, tokens),
-             schema::kK);
-    one_type(add(group, schema::kV, schema::kV, {n_kv_heads, n_rows, v_head_dim}, tokens),
-             schema::kV);
+    one_type(add(group, schema::kK, schema::kK, {n_kv_heads, n_rows, head_dim}, tokens), schema::kK);
+    one_type(add(group, schema::kV, schema::kV, {n_kv_heads, n_rows, v_head_dim}, tokens), schema::kV);
     if (group.has(schema::kQ)) {
       std::uint64_t n_queries = n_rows;
       layer.q_index = all;
       if (group.has(schema::kQIndex)) {
         const Shape shape = group.dataset(schema::kQIndex).shape();
         n_queries = shape.empty() ? 0 : shape[0];
-        layer.q_index = index_column(group, schema::kQIndex, n_queries, static_cast<Pos>(n_rows),
-                                     info_.n_tokens);
+        layer.q_index = index_column(group, schema::kQIndex, n_queries, static_cast<Pos>(n_rows), info_.n_tokens);
       }
-      one_type(
-          add(group, schema::kQ, schema::kQ, {n_heads, n_queries, head_dim}, layer.q_index.size()),
-          schema::kQ);
+      one_type(add(group, schema::kQ, schema::kQ, {n_heads, n_queries, head_dim}, layer.q_index.size()), schema::kQ);
     } else if (group.has(schema::kQIndex)) {
       throw TraceError(group.where() + " has a q_index but no q");
     }
@@ -450,25 +421,21 @@ void TraceReader::open(const std::filesystem::path& path) {
     if (group.has(schema::kOut)) {
       const Shape shape = group.dataset(schema::kOutIndex).shape();
       const std::uint64_t n_check = shape.empty() ? 0 : shape[0];
-      layer.out_index =
-          index_column(group, schema::kOutIndex, n_check, static_cast<Pos>(n_rows), info_.n_tokens);
-      add(group, schema::kOut, schema::kOut, {n_heads, n_check, v_head_dim},
-          layer.out_index.size());
+      layer.out_index = index_column(group, schema::kOutIndex, n_check, static_cast<Pos>(n_rows), info_.n_tokens);
+      add(group, schema::kOut, schema::kOut, {n_heads, n_check, v_head_dim}, layer.out_index.size());
     }
     if (group.has(schema::kWO)) {
       const Shape shape = group.dataset(schema::kWO).shape();
       const std::uint64_t hidden = shape.empty() ? 0 : shape[0];
       if (hidden < 1 || hidden > u64(schema::kMaxHidden)) {
-        refuse(group.where() + "/w_o", fmt::format("(hidden, {})", n_heads * v_head_dim),
-               hdf5::to_string(shape));
+        refuse(group.where() + "/w_o", fmt::format("(hidden, {})", n_heads * v_head_dim), hdf5::to_string(shape));
       }
       add(group, schema::kWO, schema::kWO, {hidden, n_heads * v_head_dim}, hidden);
     }
     if (group.has(schema::kScores)) {
       const Group scores = group.group(schema::kScores);
       for (const std::string& score : scores.children()) {
-        add(scores, score.c_str(), std::string(schema::kScores) + "/" + score, {n_kv_heads, n_rows},
-            tokens);
+        add(scores, score.c_str(), std::string(schema::kScores) + "/" + score, {n_kv_heads, n_rows}, tokens);
       }
     }
     layer.number = number;
@@ -477,8 +444,7 @@ void TraceReader::open(const std::filesystem::path& path) {
   if (layers_.empty()) {
     refuse(layers.where(), "at least one layer", "none");
   }
-  std::sort(layers_.begin(), layers_.end(),
-            [](const Layer& a, const Layer& b) { return a.number < b.number; });
+  std::sort(layers_.begin(), layers_.end(), [](const Layer& a, const Layer& b) { return a.number < b.number; });
   info_.element = *element;
 
   std::vector<const StoredArray*> arrays;
@@ -492,11 +458,10 @@ void TraceReader::open(const std::filesystem::path& path) {
 }
 
 const TraceReader::Layer& TraceReader::layer_at(int layer) const {
-  const auto at = std::find_if(layers_.begin(), layers_.end(),
-                               [&](const Layer& l) { return l.number == layer; });
+  const auto at = std::find_if(layers_.begin(), layers_.end(), [&](const Layer& l) { return l.number == layer; });
   if (at == layers_.end()) {
-    throw TraceError(fmt::format("{}: layer {} is not in this trace; it has {}",
-                                 info_.path.string(), layer, fmt::join(info_.layers, ", ")));
+    throw TraceError(fmt::format("{}: layer {} is not in this trace; it has {}", info_.path.string(), layer,
+                                 fmt::join(info_.layers, ", ")));
   }
   return *at;
 }
@@ -504,8 +469,7 @@ const TraceReader::Layer& TraceReader::layer_at(int layer) const {
 const StoredArray& TraceReader::array(int layer, const std::string& name) const {
   const StoredArray* stored = layer_at(layer).find(name);
   if (stored == nullptr) {
-    throw TraceError(
-        fmt::format("{}: /layers/{:03}/{} is not in this trace", info_.path.string(), layer, name));
+    throw TraceError(fmt::format("{}: /layers/{:03}/{} is not in this trace", info_.path.string(), layer, name));
   }
   return *stored;
 }
@@ -537,16 +501,15 @@ std::uint64_t row_of(std::int64_t value, const StoredArray& stored, const char* 
   return static_cast<std::uint64_t>(value);
 }
 
-void read_by_index(const StoredArray& stored, std::span<const Pos> index, int head, Pos begin,
-                   Pos end, std::span<float> out, const char* noun) {
+void read_by_index(const StoredArray& stored, std::span<const Pos> index, int head, Pos begin, Pos end,
+                   std::span<float> out, const char* noun) {
   const auto first = std::lower_bound(index.begin(), index.end(), begin);
   const std::int64_t row = first - index.begin(), n = std::int64_t{end} - begin;
   if (n < 0 || (n > 0 && (row + n > static_cast<std::int64_t>(index.size()) || *first != begin ||
                           index[static_cast<std::size_t>(row + n - 1)] != end - 1))) {
-    throw TraceError(fmt::format(
-        "{}: {} of tokens {} to {} were asked for, but only {} are stored{}", stored.where(), noun,
-        begin, end, index.size(),
-        index.empty() ? "" : fmt::format(" (tokens {} to {})", index.front(), index.back())));
+    throw TraceError(fmt::format("{}: {} of tokens {} to {} were asked for, but only {} are stored{}", stored.where(),
+                                 noun, begin, end, index.size(),
+                                 index.empty() ? "" : fmt::format(" (tokens {} to {})", index.front(), index.back())));
   }
   const auto from = static_cast<std::uint64_t>(row);
   stored.read(row_of(head, stored, "head"), from, from + static_cast<std::uint64_t>(n), out, index);
@@ -602,9 +565,8 @@ std::vector<std::string> TraceReader::score_names(int layer) const {
 std::vector<float> TraceReader::read_scores(int layer, const std::string& name, int kv_head) const {
   const std::vector<std::string> names = score_names(layer);
   if (std::find(names.begin(), names.end(), name) == names.end()) {
-    throw TraceError(
-        fmt::format("{}: layer {} has no scores named '{}'; it has {}", info_.path.string(), layer,
-                    name, names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", "))));
+    throw TraceError(fmt::format("{}: layer {} has no scores named '{}'; it has {}", info_.path.string(), layer, name,
+                                 names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", "))));
   }
   const StoredArray& scores = array(layer, std::string(schema::kScores) + "/" + name);
   std::vector<float> out(scores.n_rows());

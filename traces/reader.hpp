@@ -67,8 +67,7 @@ class TraceReader {
 
   const TraceInfo& info() const { return info_; }
 
-  std::span<const Pos> q_index(
-      int layer) const;  // tokens whose queries are stored, ascending; empty if none are
+  std::span<const Pos> q_index(int layer) const;  // tokens whose queries are stored, ascending; empty if none are
   void read_k(int layer, int kv_head, Pos begin, Pos end,
               std::span<float> out) const;  // (end - begin, head_dim)
   void read_v(int layer, int kv_head, Pos begin, Pos end,
@@ -78,8 +77,7 @@ class TraceReader {
               std::span<float> out) const;  // (end - begin, head_dim)
 
   bool has_out(int layer) const;
-  std::span<const Pos> out_index(
-      int layer) const;  // tokens whose attention output is stored, ascending
+  std::span<const Pos> out_index(int layer) const;  // tokens whose attention output is stored, ascending
   void read_out(int layer, int head, Pos begin, Pos end,
                 std::span<float> out) const;  // (end - begin, v_head_dim)
 
@@ -98,8 +96,7 @@ class TraceReader {
   // "scores/NAME", in this order.
   std::vector<std::string> array_names(int layer) const;
   const StoredArray& array(int layer, const std::string& name) const;
-  std::string array_hash(
-      int layer, const std::string& name) const;  // the sha256 attribute, "" if there is none
+  std::string array_hash(int layer, const std::string& name) const;  // the sha256 attribute, "" if there is none
 
  private:
   struct Layer;

@@ -15,8 +15,7 @@ Pos recover(const std::filesystem::path& in, const std::filesystem::path& out) {
     throw std::invalid_argument(in.string() + " is complete; there is nothing to recover");
   }
   repack(in, out, Profile::working, {},
-         fmt::format("The capture was interrupted; its first {} tokens were recovered.",
-                     info.n_tokens));
+         fmt::format("The capture was interrupted; its first {} tokens were recovered.", info.n_tokens));
   return info.n_tokens;
 }
 

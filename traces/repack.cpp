@@ -27,8 +27,7 @@ LayerPlan plan_of(const TraceReader& trace, int layer) {
     plan.w_o_type = trace.array(layer, schema::kWO).type();
   }
   for (const std::string& name : trace.score_names(layer)) {
-    plan.scores.emplace_back(name,
-                             trace.array(layer, std::string(schema::kScores) + "/" + name).type());
+    plan.scores.emplace_back(name, trace.array(layer, std::string(schema::kScores) + "/" + name).type());
   }
   return plan;
 }
@@ -36,8 +35,7 @@ LayerPlan plan_of(const TraceReader& trace, int layer) {
 // Copies `stored` into the block of the dataset that holds it: heads x rows x width, whichever of
 // them the dataset has. `piece` rows at a time: one chunk's, so that every chunk is compressed
 // once.
-void copy_array(const StoredArray& stored, const hdf5::Dataset& to, const std::string& name,
-                std::uint64_t piece) {
+void copy_array(const StoredArray& stored, const hdf5::Dataset& to, const std::string& name, std::uint64_t piece) {
   std::vector<std::byte> rows;
   for (std::uint64_t head = 0; head < stored.n_heads(); ++head) {
     for (std::uint64_t begin = 0; begin < stored.n_rows(); begin += piece) {

@@ -63,9 +63,9 @@ inline constexpr const char* kLogitSoftcap = "logit_softcap";
 inline constexpr const char* kDtype = "dtype";
 inline constexpr const char* kWeightsHash = "weights_hash";
 inline constexpr const char* kSlidingWindow = "sliding_window";
-inline constexpr std::array kModelAttributes = {
-    kName,     kArchitecture,   kConfigJson, kNLayers, kNHeads,       kNKvHeads,    kHeadDim,
-    kVHeadDim, kAttentionScale, kQkNorm,     kDtype,   kLogitSoftcap, kWeightsHash, kSlidingWindow};
+inline constexpr std::array kModelAttributes = {kName,     kArchitecture, kConfigJson,  kNLayers,        kNHeads,
+                                                kNKvHeads, kHeadDim,      kVHeadDim,    kAttentionScale, kQkNorm,
+                                                kDtype,    kLogitSoftcap, kWeightsHash, kSlidingWindow};
 
 // Attributes of /model/rope.
 inline constexpr const char* kStyle = "style";

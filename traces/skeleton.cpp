@@ -68,15 +68,14 @@ void write_tokens(const Group& root, const TracePlan& plan) {
   }
   write_token_column(tokens, schema::kPosition, hdf5::Type::i32, plan.capacity, positions);
   std::vector<std::uint8_t> phase(static_cast<std::size_t>(plan.capacity), 1);
-  std::fill(phase.begin(), phase.begin() + std::min(info.prompt_len, plan.capacity),
-            std::uint8_t{0});
+  std::fill(phase.begin(), phase.begin() + std::min(info.prompt_len, plan.capacity), std::uint8_t{0});
   write_token_column(tokens, schema::kPhase, hdf5::Type::u8, plan.capacity, phase);
   if (plan.has_logprob) {
     write_token_column(tokens, schema::kLogprob, hdf5::Type::f32, plan.capacity, info.logprob);
   }
   if (plan.piece_bytes > 0) {
-    const hdf5::Dataset column = tokens.create_texts(schema::kPiece, plan.piece_bytes,
-                                                     u64(plan.capacity), Layout{.reserved = true});
+    const hdf5::Dataset column =
+        tokens.create_texts(schema::kPiece, plan.piece_bytes, u64(plan.capacity), Layout{.reserved = true});
     std::vector<char> raw(plan.piece_bytes * info.pieces.size(), '\0');
     for (std::size_t i = 0; i < info.pieces.size(); ++i) {
       const std::string& piece = info.pieces[i];
@@ -104,8 +103,8 @@ void write_tokens(const Group& root, const TracePlan& plan) {
 
 // `dims` is (heads, rows, width), (rows, width) or (heads, rows); `rows_at` says which dimension a
 // chunk cuts.
-void create_array(const Group& group, const std::string& name, ElementType type, const Shape& dims,
-                  std::size_t rows_at, const TracePlan& plan) {
+void create_array(const Group& group, const std::string& name, ElementType type, const Shape& dims, std::size_t rows_at,
+                  const TracePlan& plan) {
   Layout layout{.reserved = true};
   if (plan.profile == Profile::archive) {
     layout = {.chunk = dims, .deflate = plan.archive.deflate};
@@ -120,28 +119,22 @@ void create_array(const Group& group, const std::string& name, ElementType type,
 void create_layer(const Group& layers, const LayerPlan& layer, const TracePlan& plan) {
   const TraceInfo& info = plan.info;
   const Group group = layers.create_group(layer_name(layer.layer));
-  const std::uint64_t n_heads = u64(info.n_heads), n_kv_heads = u64(info.n_kv_heads),
-                      n_tokens = u64(plan.capacity);
-  create_array(group, schema::kK, info.element, {n_kv_heads, n_tokens, u64(info.head_dim)}, 1,
-               plan);
-  create_array(group, schema::kV, info.element, {n_kv_heads, n_tokens, u64(info.v_head_dim)}, 1,
-               plan);
+  const std::uint64_t n_heads = u64(info.n_heads), n_kv_heads = u64(info.n_kv_heads), n_tokens = u64(plan.capacity);
+  create_array(group, schema::kK, info.element, {n_kv_heads, n_tokens, u64(info.head_dim)}, 1, plan);
+  create_array(group, schema::kV, info.element, {n_kv_heads, n_tokens, u64(info.v_head_dim)}, 1, plan);
   if (layer.has_q) {
     const std::uint64_t n_queries = layer.q_all ? n_tokens : layer.q_index.size();
-    create_array(group, schema::kQ, info.element, {n_heads, n_queries, u64(info.head_dim)}, 1,
-                 plan);
+    create_array(group, schema::kQ, info.element, {n_heads, n_queries, u64(info.head_dim)}, 1, plan);
     if (!layer.q_all) {
       group.write_column(schema::kQIndex, std::span<const std::int32_t>(layer.q_index));
     }
   }
   if (!layer.out_index.empty()) {
-    create_array(group, schema::kOut, layer.out_type,
-                 {n_heads, layer.out_index.size(), u64(info.v_head_dim)}, 1, plan);
+    create_array(group, schema::kOut, layer.out_type, {n_heads, layer.out_index.size(), u64(info.v_head_dim)}, 1, plan);
     group.write_column(schema::kOutIndex, std::span<const std::int32_t>(layer.out_index));
   }
   if (layer.hidden > 0) {
-    create_array(group, schema::kWO, layer.w_o_type,
-                 {u64(layer.hidden), n_heads * u64(info.v_head_dim)}, 0, plan);
+    create_array(group, schema::kWO, layer.w_o_type, {u64(layer.hidden), n_heads * u64(info.v_head_dim)}, 0, plan);
   }
   if (!layer.scores.empty()) {
     const Group scores = group.create_group(schema::kScores);

@@ -19,9 +19,8 @@
 namespace kvreplay {
 namespace {
 
-constexpr std::uint64_t kMaxInflation = 1100;  // deflate cannot exceed 1032
-constexpr std::size_t kPiece = std::size_t{256}
-                               << 10;  // bytes per pread: stays in the second-level cache
+constexpr std::uint64_t kMaxInflation = 1100;           // deflate cannot exceed 1032
+constexpr std::size_t kPiece = std::size_t{256} << 10;  // bytes per pread: stays in the second-level cache
 
 std::string errno_text() { return std::generic_category().message(errno); }
 
@@ -56,19 +55,17 @@ FileBytes::~FileBytes() {
 void FileBytes::read(std::uint64_t offset, std::span<std::byte> out) const {
   std::size_t done = 0;
   while (done < out.size()) {
-    const ssize_t got =
-        ::pread(fd_, out.data() + done, out.size() - done, static_cast<off_t>(offset + done));
+    const ssize_t got = ::pread(fd_, out.data() + done, out.size() - done, static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) {
       continue;
     }
     if (got < 0) {
-      throw TraceError(path_.string() + ": cannot be read at byte " +
-                       std::to_string(offset + done) + " (" + errno_text() + ")");
+      throw TraceError(path_.string() + ": cannot be read at byte " + std::to_string(offset + done) + " (" +
+                       errno_text() + ")");
     }
     if (got == 0) {
-      throw TraceError(
-          fmt::format("{}: ended at byte {} while it was read; it had {} bytes when it was opened",
-                      path_.string(), offset + done, size_));
+      throw TraceError(fmt::format("{}: ended at byte {} while it was read; it had {} bytes when it was opened",
+                                   path_.string(), offset + done, size_));
     }
     done += static_cast<std::size_t>(got);
   }
@@ -80,13 +77,11 @@ void FileBytes::check_unchanged() const {
     throw TraceError(path_.string() + ": is gone since it was opened (" + errno_text() + ")");
   }
   if (static_cast<std::uint64_t>(status.st_size) != size_) {
-    throw TraceError(fmt::format("{}: changed while it was in use: {} bytes at open, {} now",
-                                 path_.string(), size_, status.st_size));
+    throw TraceError(fmt::format("{}: changed while it was in use: {} bytes at open, {} now", path_.string(), size_,
+                                 status.st_size));
   }
-  if (status.st_ino != inode_ || status.st_mtim.tv_sec != mtime_s_ ||
-      status.st_mtim.tv_nsec != mtime_ns_) {
-    throw TraceError(path_.string() +
-                     ": changed while it was in use: it was written again after it was opened");
+  if (status.st_ino != inode_ || status.st_mtim.tv_sec != mtime_s_ || status.st_mtim.tv_nsec != mtime_ns_) {
+    throw TraceError(path_.string() + ": changed while it was in use: it was written again after it was opened");
   }
 }
 
@@ -126,21 +121,19 @@ void unshuffle(std::span<const std::byte> in, std::size_t element, std::span<std
   }
 }
 
-void inflate_exactly(std::span<const std::byte> in, std::span<std::byte> out,
-                     const std::string& where) {
+void inflate_exactly(std::span<const std::byte> in, std::span<std::byte> out, const std::string& where) {
   uLongf n = out.size();
-  const int status = ::uncompress(reinterpret_cast<Bytef*>(out.data()), &n,
-                                  reinterpret_cast<const Bytef*>(in.data()), in.size());
+  const int status =
+      ::uncompress(reinterpret_cast<Bytef*>(out.data()), &n, reinterpret_cast<const Bytef*>(in.data()), in.size());
   if (status != Z_OK || n != out.size()) {
-    throw TraceError(
-        fmt::format("{}: a chunk does not inflate to its {} bytes", where, out.size()));
+    throw TraceError(fmt::format("{}: a chunk does not inflate to its {} bytes", where, out.size()));
   }
 }
 
 }  // namespace
 
-StoredArray::StoredArray(std::shared_ptr<const FileBytes> file, std::string where, ElementType type,
-                         hdf5::Shape dims, hdf5::Storage storage, std::uint64_t n_valid)
+StoredArray::StoredArray(std::shared_ptr<const FileBytes> file, std::string where, ElementType type, hdf5::Shape dims,
+                         hdf5::Storage storage, std::uint64_t n_valid)
     : file_(std::move(file)),
       where_(std::move(where)),
       type_(type),
@@ -155,34 +148,30 @@ StoredArray::StoredArray(std::shared_ptr<const FileBytes> file, std::string wher
       throw TraceError(where_ + ": has no data in the file");
     }
     if (storage_.extents[0].bytes != bytes) {
-      throw TraceError(
-          fmt::format("{}: expected {} bytes, found {}", where_, bytes, storage_.extents[0].bytes));
+      throw TraceError(fmt::format("{}: expected {} bytes, found {}", where_, bytes, storage_.extents[0].bytes));
     }
   } else {
     const hdf5::Shape& chunk = storage_.chunk;
     const std::uint64_t chunk_bytes = hdf5::n_elements(chunk) * size_of(type_);
     if (chunk_bytes > schema::kMaxChunkBytes) {
-      throw TraceError(fmt::format("{}: has chunks of {} bytes; at most {} are allowed", where_,
-                                   chunk_bytes, schema::kMaxChunkBytes));
+      throw TraceError(fmt::format("{}: has chunks of {} bytes; at most {} are allowed", where_, chunk_bytes,
+                                   schema::kMaxChunkBytes));
     }
     for (std::size_t d = 0; d < 3; ++d) {
       grid_.push_back((dims_[d] + chunk[d] - 1) / chunk[d]);
     }
     for (const hdf5::Extent& extent : storage_.extents) {
-      const bool fits = storage_.deflate ? chunk_bytes / kMaxInflation <= extent.bytes
-                                         : extent.bytes == chunk_bytes;
+      const bool fits = storage_.deflate ? chunk_bytes / kMaxInflation <= extent.bytes : extent.bytes == chunk_bytes;
       if (extent.bytes > 0 && !fits) {
-        throw TraceError(
-            fmt::format("{}: a chunk of {} bytes cannot hold the {} bytes that it stands for",
-                        where_, extent.bytes, chunk_bytes));
+        throw TraceError(fmt::format("{}: a chunk of {} bytes cannot hold the {} bytes that it stands for", where_,
+                                     extent.bytes, chunk_bytes));
       }
     }
   }
   for (const hdf5::Extent& extent : storage_.extents) {
     if (extent.offset > file_->size() || extent.bytes > file_->size() - extent.offset) {
-      throw TraceError(fmt::format(
-          "{}: lies at bytes {} to {} of a file of {} bytes; the file is truncated or damaged",
-          where_, extent.offset, extent.offset + extent.bytes, file_->size()));
+      throw TraceError(fmt::format("{}: lies at bytes {} to {} of a file of {} bytes; the file is truncated or damaged",
+                                   where_, extent.offset, extent.offset + extent.bytes, file_->size()));
     }
   }
 }
@@ -224,8 +213,7 @@ std::span<const std::byte> StoredArray::chunk(std::uint64_t index) const {
   return memory.data;
 }
 
-void StoredArray::read_chunked(std::uint64_t head, std::uint64_t begin, std::uint64_t end,
-                               std::byte* out) const {
+void StoredArray::read_chunked(std::uint64_t head, std::uint64_t begin, std::uint64_t end, std::byte* out) const {
   const hdf5::Shape& shape = storage_.chunk;
   const std::size_t element = size_of(type_);
   const std::size_t chunk_row = static_cast<std::size_t>(shape[2]) * element;
@@ -233,12 +221,10 @@ void StoredArray::read_chunked(std::uint64_t head, std::uint64_t begin, std::uin
     const std::uint64_t first = std::max(begin, row_chunk * shape[1]);
     const std::uint64_t last = std::min(end, (row_chunk + 1) * shape[1]);
     for (std::uint64_t column_chunk = 0; column_chunk < grid_[2]; ++column_chunk) {
-      const std::uint64_t index =
-          (head / shape[0] * grid_[1] + row_chunk) * grid_[2] + column_chunk;
+      const std::uint64_t index = (head / shape[0] * grid_[1] + row_chunk) * grid_[2] + column_chunk;
       const std::span<const std::byte> data = chunk(index);
       const std::uint64_t columns = std::min(shape[2], dims_[2] - column_chunk * shape[2]);
-      const std::byte* from =
-          data.data() + (head % shape[0] * shape[1] + (first - row_chunk * shape[1])) * chunk_row;
+      const std::byte* from = data.data() + (head % shape[0] * shape[1] + (first - row_chunk * shape[1])) * chunk_row;
       std::byte* to = out + (first - begin) * row_bytes() + column_chunk * chunk_row;
       if (grid_[2] == 1 && columns == shape[2]) {
         std::memcpy(to, from, (last - first) * chunk_row);
@@ -254,18 +240,16 @@ void StoredArray::read_chunked(std::uint64_t head, std::uint64_t begin, std::uin
 void StoredArray::check_range(std::uint64_t head, std::uint64_t begin, std::uint64_t end,
                               std::size_t n_elements) const {
   if (head >= dims_[0] || begin > end || end > n_valid_) {
-    throw TraceError(
-        fmt::format("{}: rows {} to {} of head {} were asked for, but it has {} heads of {} rows",
-                    where_, begin, end, head, dims_[0], n_valid_));
+    throw TraceError(fmt::format("{}: rows {} to {} of head {} were asked for, but it has {} heads of {} rows", where_,
+                                 begin, end, head, dims_[0], n_valid_));
   }
   if (n_elements != (end - begin) * dims_[2]) {
-    throw TraceError(fmt::format("{}: {} rows of {} elements do not fit a buffer of {}", where_,
-                                 end - begin, dims_[2], n_elements));
+    throw TraceError(
+        fmt::format("{}: {} rows of {} elements do not fit a buffer of {}", where_, end - begin, dims_[2], n_elements));
   }
 }
 
-void StoredArray::read_raw(std::uint64_t head, std::uint64_t begin, std::uint64_t end,
-                           std::span<std::byte> out) const {
+void StoredArray::read_raw(std::uint64_t head, std::uint64_t begin, std::uint64_t end, std::span<std::byte> out) const {
   check_range(head, begin, end, out.size() / size_of(type_));
   if (begin == end) {
     return;
@@ -277,8 +261,8 @@ void StoredArray::read_raw(std::uint64_t head, std::uint64_t begin, std::uint64_
   }
 }
 
-void StoredArray::read(std::uint64_t head, std::uint64_t begin, std::uint64_t end,
-                       std::span<float> out, std::span<const std::int32_t> row_numbers) const {
+void StoredArray::read(std::uint64_t head, std::uint64_t begin, std::uint64_t end, std::span<float> out,
+                       std::span<const std::int32_t> row_numbers) const {
   check_range(head, begin, end, out.size());
   bool finite = true;
   if (type_ == ElementType::f32) {
@@ -291,9 +275,7 @@ void StoredArray::read(std::uint64_t head, std::uint64_t begin, std::uint64_t en
       const std::uint64_t last = std::min(end, row + rows);
       piece.resize((last - row) * row_bytes());
       read_raw(head, row, last, piece);
-      finite = widen(type_, piece.data(),
-                     out.subspan((row - begin) * dims_[2], (last - row) * dims_[2])) &&
-               finite;
+      finite = widen(type_, piece.data(), out.subspan((row - begin) * dims_[2], (last - row) * dims_[2])) && finite;
     }
   }
   if (!finite) {
@@ -303,15 +285,12 @@ void StoredArray::read(std::uint64_t head, std::uint64_t begin, std::uint64_t en
 
 void StoredArray::not_finite(std::uint64_t head, std::uint64_t begin, std::span<const float> values,
                              std::span<const std::int32_t> row_numbers) const {
-  const auto bad =
-      std::find_if(values.begin(), values.end(), [](float x) { return !std::isfinite(x); });
+  const auto bad = std::find_if(values.begin(), values.end(), [](float x) { return !std::isfinite(x); });
   const std::uint64_t i = static_cast<std::uint64_t>(bad - values.begin());
   const std::uint64_t row = begin + i / dims_[2];
-  const std::int64_t number =
-      row < row_numbers.size() ? row_numbers[row] : static_cast<std::int64_t>(row);
-  throw TraceError(
-      fmt::format("{}: expected finite values, found {} at head {}, token {}, channel {}", where_,
-                  *bad, head, number, i % dims_[2]));
+  const std::int64_t number = row < row_numbers.size() ? row_numbers[row] : static_cast<std::int64_t>(row);
+  throw TraceError(fmt::format("{}: expected finite values, found {} at head {}, token {}, channel {}", where_, *bad,
+                               head, number, i % dims_[2]));
 }
 
 void check_extents(std::span<const StoredArray* const> arrays, const FileBytes& file) {
@@ -331,9 +310,8 @@ void check_extents(std::span<const StoredArray* const> arrays, const FileBytes& 
             [](const Piece& a, const Piece& b) { return a.extent.offset < b.extent.offset; });
   for (std::size_t i = 1; i < pieces.size(); ++i) {
     if (pieces[i - 1].extent.offset + pieces[i - 1].extent.bytes > pieces[i].extent.offset) {
-      throw TraceError(fmt::format("{} and {} overlap at byte {} of {}",
-                                   pieces[i - 1].owner->where(), pieces[i].owner->where(),
-                                   pieces[i].extent.offset, file.path().string()));
+      throw TraceError(fmt::format("{} and {} overlap at byte {} of {}", pieces[i - 1].owner->where(),
+                                   pieces[i].owner->where(), pieces[i].extent.offset, file.path().string()));
     }
   }
 }

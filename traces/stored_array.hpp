@@ -40,8 +40,8 @@ class StoredArray {
  public:
   // `dims` [n_heads, n_rows, width] is the dataset's shape seen as three dimensions, and so is
   // storage.chunk. `n_valid` rows of each head may be read.
-  StoredArray(std::shared_ptr<const FileBytes> file, std::string where, ElementType type,
-              hdf5::Shape dims, hdf5::Storage storage, std::uint64_t n_valid);
+  StoredArray(std::shared_ptr<const FileBytes> file, std::string where, ElementType type, hdf5::Shape dims,
+              hdf5::Storage storage, std::uint64_t n_valid);
 
   ElementType type() const { return type_; }
   std::uint64_t n_heads() const { return dims_[0]; }
@@ -54,22 +54,17 @@ class StoredArray {
   std::uint64_t stored_bytes() const;
 
   // Rows [begin, end) of one head as stored; out is (end - begin, width) of type().
-  void read_raw(std::uint64_t head, std::uint64_t begin, std::uint64_t end,
-                std::span<std::byte> out) const;
+  void read_raw(std::uint64_t head, std::uint64_t begin, std::uint64_t end, std::span<std::byte> out) const;
   // The same as float32. A value that is not finite is a TraceError that names head and token;
   // `row_numbers` gives the token of each row where they are not the same.
   void read(std::uint64_t head, std::uint64_t begin, std::uint64_t end, std::span<float> out,
             std::span<const std::int32_t> row_numbers = {}) const;
 
  private:
-  void check_range(std::uint64_t head, std::uint64_t begin, std::uint64_t end,
-                   std::size_t n_elements) const;
-  std::span<const std::byte> chunk(
-      std::uint64_t index) const;  // valid until this thread reads another chunk
-  void read_chunked(std::uint64_t head, std::uint64_t begin, std::uint64_t end,
-                    std::byte* out) const;
-  [[noreturn]] void not_finite(std::uint64_t head, std::uint64_t begin,
-                               std::span<const float> values,
+  void check_range(std::uint64_t head, std::uint64_t begin, std::uint64_t end, std::size_t n_elements) const;
+  std::span<const std::byte> chunk(std::uint64_t index) const;  // valid until this thread reads another chunk
+  void read_chunked(std::uint64_t head, std::uint64_t begin, std::uint64_t end, std::byte* out) const;
+  [[noreturn]] void not_finite(std::uint64_t head, std::uint64_t begin, std::span<const float> values,
                                std::span<const std::int32_t> row_numbers) const;
 
   std::shared_ptr<const FileBytes> file_;

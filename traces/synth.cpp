@@ -82,8 +82,7 @@ class Noise {
   // Sum of four 16-bit uniforms, centred and scaled to variance 1: bell-shaped enough, and exact.
   double bell(std::uint64_t stream, std::uint64_t index) const {
     const std::uint64_t b = bits(stream, index);
-    const auto sum = static_cast<std::int64_t>((b & 0xffffU) + (b >> 16 & 0xffffU) +
-                                               (b >> 32 & 0xffffU) + (b >> 48));
+    const auto sum = static_cast<std::int64_t>((b & 0xffffU) + (b >> 16 & 0xffffU) + (b >> 32 & 0xffffU) + (b >> 48));
     return static_cast<double>(sum - 2 * 65535) * (1.7320508075688772 / 65536);
   }
 
@@ -105,8 +104,7 @@ constexpr int kTopics = 32, kVocabulary = 4096;
 enum class Kind { local, retrieval, diffuse };
 
 // Unit direction number `index`, in pairs [first, last) of a head: (n_pairs, 2).
-std::vector<double> direction(const Noise& noise, std::uint64_t index, int n_pairs, int first,
-                              int last) {
+std::vector<double> direction(const Noise& noise, std::uint64_t index, int n_pairs, int first, int last) {
   std::vector<double> vector(size(2 * n_pairs), 0.0);
   double squares = 0;
   for (int i = 2 * first; i < 2 * last; ++i) {
@@ -132,15 +130,13 @@ void validate(const SynthOptions& o) {
       throw std::invalid_argument(sentence);
     }
   };
-  require(
-      o.head_dim >= 4 && o.head_dim % 2 == 0 && o.head_dim <= schema::kMaxHeadDim,
-      fmt::format("head_dim {} must be even and from 4 to {}", o.head_dim, schema::kMaxHeadDim));
+  require(o.head_dim >= 4 && o.head_dim % 2 == 0 && o.head_dim <= schema::kMaxHeadDim,
+          fmt::format("head_dim {} must be even and from 4 to {}", o.head_dim, schema::kMaxHeadDim));
   require(o.n_tokens >= 1, fmt::format("tokens {} must be at least 1", o.n_tokens));
   require(o.sinks >= 0, fmt::format("sinks {} must not be negative", o.sinks));
   require(o.hidden >= 0 && o.hidden <= schema::kMaxHidden,
           fmt::format("hidden {} must be from 0 to {}", o.hidden, schema::kMaxHidden));
-  require(std::isfinite(o.theta) && o.theta > 1,
-          fmt::format("rope_theta {} must be greater than 1", o.theta));
+  require(std::isfinite(o.theta) && o.theta > 1, fmt::format("rope_theta {} must be greater than 1", o.theta));
 }
 
 }  // namespace
@@ -161,8 +157,7 @@ std::vector<Pos> parse_queries(const std::string& text, Pos prompt_len, Pos n_to
       return queries_window(window, prompt_len, n_tokens);
     }
   }
-  throw std::invalid_argument("queries '" + text +
-                              "' is unknown; allowed are all, decode and window:N");
+  throw std::invalid_argument("queries '" + text + "' is unknown; allowed are all, decode and window:N");
 }
 
 void synthesize(const std::filesystem::path& out, const SynthOptions& options) {
@@ -170,8 +165,8 @@ void synthesize(const std::filesystem::path& out, const SynthOptions& options) {
   TraceInfo meta;
   meta.model_name = "synthetic";
   meta.architecture = "synthetic";
-  meta.provenance = fmt::format(
-      "Synthetic (seed {}): for tests of scale and code, not evidence about models.", options.seed);
+  meta.provenance =
+      fmt::format("Synthetic (seed {}): for tests of scale and code, not evidence about models.", options.seed);
   meta.generator = options.generator;
   meta.n_layers = options.n_layers;
   meta.n_heads = options.n_heads;
@@ -202,8 +197,7 @@ void synthesize(const std::filesystem::path& out, const SynthOptions& options) {
   TraceWriter writer(out, meta, options.n_tokens, writing);
   try {
     const Noise noise(options.seed);
-    const int n_heads = options.n_heads, n_kv_heads = options.n_kv_heads,
-              group_size = n_heads / n_kv_heads;
+    const int n_heads = options.n_heads, n_kv_heads = options.n_kv_heads, group_size = n_heads / n_kv_heads;
     const std::size_t d = size(options.head_dim);
     const bool half = options.style == schema::kStyleHalf;
 
@@ -254,8 +248,7 @@ void synthesize(const std::filesystem::path& out, const SynthOptions& options) {
       turns.resize(size(n) * size(n_pairs));
       for (Pos t = 0; t < n; ++t) {
         for (int i = 0; i < n_pairs; ++i) {
-          turns[size(t) * size(n_pairs) + size(i)] =
-              exactly_turn((begin + t) * meta.rope.inv_freq[size(i)]);
+          turns[size(t) * size(n_pairs) + size(i)] = exactly_turn((begin + t) * meta.rope.inv_freq[size(i)]);
         }
       }
       for (const int layer : meta.layers) {
@@ -265,8 +258,8 @@ void synthesize(const std::filesystem::path& out, const SynthOptions& options) {
         q.resize(size(n_heads) * size(n_queries) * d);
         for (int kv_head = 0; kv_head < n_kv_heads; ++kv_head) {
           const Kind kind = static_cast<Kind>((layer + kv_head) % 3);
-          const std::uint64_t stream = kHeadStream + 4096U * static_cast<std::uint64_t>(layer) +
-                                       4U * static_cast<std::uint64_t>(kv_head);
+          const std::uint64_t stream =
+              kHeadStream + 4096U * static_cast<std::uint64_t>(layer) + 4U * static_cast<std::uint64_t>(kv_head);
           for (Pos t = 0; t < n; ++t) {
             const Pos pos = begin + t;
             const std::uint64_t row = static_cast<std::uint64_t>(pos) * d;
@@ -294,10 +287,8 @@ void synthesize(const std::filesystem::path& out, const SynthOptions& options) {
           for (int head = kv_head * group_size; head < (kv_head + 1) * group_size; ++head) {
             for (Pos t = n - n_queries; t < n; ++t) {
               const Pos pos = begin + t;
-              const std::uint64_t row =
-                  (static_cast<std::uint64_t>(pos) * size(n_heads) + size(head)) * d;
-              const std::span<const Turn> turn(turns.data() + size(t) * size(n_pairs),
-                                               size(n_pairs));
+              const std::uint64_t row = (static_cast<std::uint64_t>(pos) * size(n_heads) + size(head)) * d;
+              const std::span<const Turn> turn(turns.data() + size(t) * size(n_pairs), size(n_pairs));
               for (std::size_t i = 0; i < d; ++i) {
                 vector[i] = 0.7 * noise.bell(stream + 2, row + i);
               }

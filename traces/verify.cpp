@@ -29,8 +29,8 @@ double tolerance_of(ElementType type) {
 }
 
 // Attention of one query over tokens [begin, pos], in float64 and in the most obvious way.
-std::vector<double> attend(const TraceInfo& info, std::span<const float> q,
-                           std::span<const float> k, std::span<const float> v, Pos begin, Pos pos) {
+std::vector<double> attend(const TraceInfo& info, std::span<const float> q, std::span<const float> k,
+                           std::span<const float> v, Pos begin, Pos pos) {
   const std::size_t d = size(info.head_dim), dv = size(info.v_head_dim);
   std::vector<double> logits;
   double largest = -INFINITY;
@@ -66,8 +66,7 @@ OutputCheck check_outputs(const TraceReader& trace, int layer) {
   const std::size_t d = size(info.head_dim), dv = size(info.v_head_dim), n = size(info.n_tokens);
   OutputCheck check;
   check.layer = layer;
-  check.tolerance =
-      std::max(tolerance_of(info.element), tolerance_of(trace.array(layer, schema::kOut).type()));
+  check.tolerance = std::max(tolerance_of(info.element), tolerance_of(trace.array(layer, schema::kOut).type()));
   std::vector<float> k(n * d), v(n * dv), q(d),
       stored(dv);  // (n_tokens, .) of one KV head; (.) of one query
   const int window = info.sliding_window[size(layer)];
@@ -113,8 +112,7 @@ Pairs pairs_of(const std::string& style, int rotary_dim) {
 
 // Mean over pairs of std / mean of the pair's norm over tokens. A wrong pairing mixes channels that
 // turn at different rates, so that the norm beats.
-double norm_spread(std::span<const float> keys, std::size_t d, const Rope& rope,
-                   const std::string& style) {
+double norm_spread(std::span<const float> keys, std::size_t d, const Rope& rope, const std::string& style) {
   const Pairs pairs = pairs_of(style, rope.rotary_dim);
   const std::size_t n = keys.size() / d, n_pairs = rope.inv_freq.size();
   double total = 0;
@@ -135,8 +133,8 @@ double norm_spread(std::span<const float> keys, std::size_t d, const Rope& rope,
 
 // Mean resultant length of the pairs after turning each key back by position * inv_freq * factor;
 // only pairs that turn at least once over the trace can tell.
-double resultant(std::span<const float> keys, std::size_t d, const Rope& rope,
-                 const std::string& style, std::span<const std::int32_t> positions, double factor) {
+double resultant(std::span<const float> keys, std::size_t d, const Rope& rope, const std::string& style,
+                 std::span<const std::int32_t> positions, double factor) {
   const Pairs pairs = pairs_of(style, rope.rotary_dim);
   const std::size_t n = keys.size() / d;
   const double length = static_cast<double>(positions[n - 1]) - static_cast<double>(positions[0]);
@@ -168,9 +166,7 @@ constexpr const char* kSaysNothing = "says nothing about";
 
 std::string verdict(double declared, double other) {
   constexpr double kMargin = 1.1;  // less than this is noise on short traces
-  return declared > kMargin * other   ? kSupports
-         : other > kMargin * declared ? kContradicts
-                                      : kSaysNothing;
+  return declared > kMargin * other ? kSupports : other > kMargin * declared ? kContradicts : kSaysNothing;
 }
 
 RopeEvidence rope_evidence(const TraceReader& trace, int layer) {
@@ -178,18 +174,15 @@ RopeEvidence rope_evidence(const TraceReader& trace, int layer) {
   const Rope& rope = info.rope;
   const std::size_t d = size(info.head_dim);
   const Pos n = std::min(info.n_tokens, kEvidenceTokens);
-  const std::string other =
-      rope.style == schema::kStyleHalf ? schema::kStyleInterleaved : schema::kStyleHalf;
+  const std::string other = rope.style == schema::kStyleHalf ? schema::kStyleInterleaved : schema::kStyleHalf;
   RopeEvidence evidence;
   evidence.layer = layer;
   struct Reading {
     const char* what;
     double factor;
   };
-  constexpr Reading kReadings[] = {{"frequencies x 0.9", 0.9},
-                                   {"frequencies x 1.1", 1.1},
-                                   {"not rotated", 0.0},
-                                   {"rotated the other way", -1.0}};
+  constexpr Reading kReadings[] = {
+      {"frequencies x 0.9", 0.9}, {"frequencies x 1.1", 1.1}, {"not rotated", 0.0}, {"rotated the other way", -1.0}};
   for (const Reading& reading : kReadings) {
     evidence.perturbed.push_back({reading.what, 0});
   }
@@ -199,10 +192,8 @@ RopeEvidence rope_evidence(const TraceReader& trace, int layer) {
     trace.read_k(layer, kv_head, 0, n, keys);
     evidence.spread_declared += share * norm_spread(keys, d, rope, rope.style);
     evidence.spread_other_pairing += share * norm_spread(keys, d, rope, other);
-    evidence.resultant_declared +=
-        share * resultant(keys, d, rope, rope.style, info.positions, 1.0);
-    evidence.resultant_other_pairing +=
-        share * resultant(keys, d, rope, other, info.positions, 1.0);
+    evidence.resultant_declared += share * resultant(keys, d, rope, rope.style, info.positions, 1.0);
+    evidence.resultant_other_pairing += share * resultant(keys, d, rope, other, info.positions, 1.0);
     for (std::size_t i = 0; i < evidence.perturbed.size(); ++i) {
       evidence.perturbed[i].resultant +=
           share * resultant(keys, d, rope, rope.style, info.positions, kReadings[i].factor);
@@ -214,8 +205,7 @@ RopeEvidence rope_evidence(const TraceReader& trace, int layer) {
   }
   // Norms tell the pairings apart by a few percent only, so that both statistics must agree.
   const bool steadier = evidence.spread_declared < evidence.spread_other_pairing;
-  const std::string pairing =
-      verdict(evidence.resultant_declared, evidence.resultant_other_pairing);
+  const std::string pairing = verdict(evidence.resultant_declared, evidence.resultant_other_pairing);
   evidence.pairing = pairing == (steadier ? kSupports : kContradicts) ? pairing : kSaysNothing;
   evidence.frequencies = verdict(evidence.resultant_declared, best);
   return evidence;
@@ -245,14 +235,13 @@ VerifyReport verify(const TraceReader& trace) {
     for (const std::string& name : trace.array_names(layer)) {
       const std::string path = array_path(layer, name), stored = trace.array_hash(layer, name);
       if (!stored.empty() && stored != hashes.arrays.at(path)) {
-        report.failures.push_back(fmt::format("/{}: expected SHA-256 {}, found {}", path, stored,
-                                              hashes.arrays.at(path)));
+        report.failures.push_back(
+            fmt::format("/{}: expected SHA-256 {}, found {}", path, stored, hashes.arrays.at(path)));
       }
     }
   }
   if (report.hash_stored && info.content_hash != hashes.content) {
-    report.failures.push_back(
-        fmt::format("content_hash: expected {}, found {}", info.content_hash, hashes.content));
+    report.failures.push_back(fmt::format("content_hash: expected {}, found {}", info.content_hash, hashes.content));
   }
   for (const int layer : info.layers) {
     trace.check_unchanged();
@@ -275,9 +264,8 @@ VerifyReport verify(const TraceReader& trace) {
 }
 
 std::string VerifyReport::text() const {
-  std::string text =
-      fmt::format("content   {}  {}\n", hash,
-                  hash_stored ? "(compared with the stored hash)" : "(the file stores no hash)");
+  std::string text = fmt::format("content   {}  {}\n", hash,
+                                 hash_stored ? "(compared with the stored hash)" : "(the file stores no hash)");
   for (const OutputCheck& check : outputs) {
     text += fmt::format(
         "layer {:<3} {} outputs recomputed in float64, largest relative error {:.2e} (tolerance "
@@ -289,8 +277,8 @@ std::string VerifyReport::text() const {
         "layer {:<3} evidence only: pair norms vary by {:.3f} as declared, {:.3f} with the other "
         "pairing; un-rotated keys agree to {:.3f} as declared, {:.3f} with the other pairing ({} "
         "the declared style)",
-        one.layer, one.spread_declared, one.spread_other_pairing, one.resultant_declared,
-        one.resultant_other_pairing, one.pairing);
+        one.layer, one.spread_declared, one.spread_other_pairing, one.resultant_declared, one.resultant_other_pairing,
+        one.pairing);
     for (const RopeEvidence::Perturbed& perturbed : one.perturbed) {
       text += fmt::format(", {:.3f} {}", perturbed.resultant, perturbed.what);
     }

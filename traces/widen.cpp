@@ -13,8 +13,7 @@
 namespace kvreplay {
 namespace {
 
-static_assert(std::endian::native == std::endian::little,
-              "a trace is little-endian and is read as it is");
+static_assert(std::endian::native == std::endian::little, "a trace is little-endian and is read as it is");
 
 std::uint16_t load16(const std::byte* in) {
   std::uint16_t bits;
@@ -31,8 +30,7 @@ float widen_f16(std::uint16_t half) {
   if (magnitude >= 0x0400U) {  // normal: only the bias differs
     return std::bit_cast<float>(sign | ((magnitude << 13) + (std::uint32_t{127 - 15} << 23)));
   }
-  const float tiny =
-      static_cast<float>(magnitude) * 0x1p-24F;  // zero or subnormal, exact in float32
+  const float tiny = static_cast<float>(magnitude) * 0x1p-24F;  // zero or subnormal, exact in float32
   return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(tiny));
 }
 
@@ -46,8 +44,7 @@ std::uint16_t narrow_f16(float value) {
   if (magnitude >= 0x477ff000U) {  // 65520 and above round to infinity
     return static_cast<std::uint16_t>(sign | 0x7c00U);
   }
-  if (magnitude <
-      0x38800000U) {  // below 2^-14: adding 0.5 lets the processor round to units of 2^-24
+  if (magnitude < 0x38800000U) {  // below 2^-14: adding 0.5 lets the processor round to units of 2^-24
     const float shifted = std::bit_cast<float>(magnitude) + 0.5F;
     return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000U));
   }
@@ -59,8 +56,7 @@ std::uint16_t narrow_f16(float value) {
 std::uint16_t narrow_bf16(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   if ((bits & 0x7fffffffU) > 0x7f800000U) {
-    return static_cast<std::uint16_t>(bits >> 16 |
-                                      0x40U);  // quiet, so that no NaN is cut to infinity
+    return static_cast<std::uint16_t>(bits >> 16 | 0x40U);  // quiet, so that no NaN is cut to infinity
   }
   return static_cast<std::uint16_t>((bits + 0x7fffU + (bits >> 16 & 1U)) >> 16);
 }
@@ -110,8 +106,7 @@ bool widen_all_bf16(const std::byte* in, float* out, std::size_t n) {
     const __m512i top = _mm512_loadu_si512(in + 2 * i);
     largest = _mm512_max_epu16(largest, _mm512_and_si512(top, mask));
     const __m512i low = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(top)), 16);
-    const __m512i high =
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(top, 1)), 16);
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(top, 1)), 16);
     _mm512_storeu_ps(out + i, _mm512_castsi512_ps(low));
     _mm512_storeu_ps(out + i + 16, _mm512_castsi512_ps(high));
   }
@@ -122,8 +117,7 @@ bool widen_all_bf16(const std::byte* in, float* out, std::size_t n) {
   for (; i + 8 <= n; i += 8) {
     const __m128i top = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 2 * i));
     largest = _mm_max_epu16(largest, _mm_and_si128(top, mask));
-    _mm256_storeu_ps(out + i,
-                     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(top), 16)));
+    _mm256_storeu_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(top), 16)));
   }
   alignas(16) std::uint16_t lanes[8];
   _mm_store_si128(reinterpret_cast<__m128i*>(lanes), largest);
@@ -152,8 +146,7 @@ void narrow_all_f16(const float* in, std::byte* out, std::size_t n) {
   std::size_t i = 0;
 #if defined(__F16C__) && defined(__AVX2__)
   for (; i + 8 <= n; i += 8) {
-    const __m128i half =
-        _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i), half);
   }
 #endif
@@ -183,8 +176,7 @@ ElementType element_type_of(std::string_view name) {
       return type;
     }
   }
-  throw std::invalid_argument("dtype '" + std::string(name) +
-                              "' is unknown; allowed are f16, bf16 and f32");
+  throw std::invalid_argument("dtype '" + std::string(name) + "' is unknown; allowed are f16, bf16 and f32");
 }
 
 bool widen(ElementType type, const std::byte* in, std::span<float> out) {

@@ -11,9 +11,8 @@ namespace kvreplay {
 enum class ElementType { f16, bf16, f32 };
 
 constexpr std::size_t size_of(ElementType type) { return type == ElementType::f32 ? 4 : 2; }
-std::string_view name_of(ElementType type);  // "f16", "bf16", "f32", as flags and info say it
-ElementType element_type_of(
-    std::string_view name);  // throws std::invalid_argument, naming what is allowed
+std::string_view name_of(ElementType type);          // "f16", "bf16", "f32", as flags and info say it
+ElementType element_type_of(std::string_view name);  // throws std::invalid_argument, naming what is allowed
 
 // Widens out.size() little-endian elements. Exact; a NaN stays a NaN. False if any value is
 // infinite or NaN: the check rides along with the load, so that it costs nothing.

@@ -15,8 +15,7 @@
 namespace kvreplay {
 
 struct WriterOptions {
-  Profile profile =
-      Profile::working;  // archive: a working file is written first, and packed by close
+  Profile profile = Profile::working;  // archive: a working file is written first, and packed by close
   ArchiveLayout archive;
   // Tokens whose queries are stored, ascending: see the three functions below.
   std::vector<Pos> queries;
@@ -41,15 +40,13 @@ class TraceWriter {
  public:
   // Takes the model, rope, element, layers, prompt_len, spans and provenance from `meta`; writes
   // <path>.part until close renames it. An empty uuid or created_utc is filled in.
-  TraceWriter(const std::filesystem::path& path, const TraceInfo& meta, Pos capacity,
-              WriterOptions options);
+  TraceWriter(const std::filesystem::path& path, const TraceInfo& meta, Pos capacity, WriterOptions options);
   ~TraceWriter();  // without close: the .part file stays, readable up to the last commit
   TraceWriter(const TraceWriter&) = delete;
   TraceWriter& operator=(const TraceWriter&) = delete;
 
   // The next n tokens of the sequence. Empty positions continue 0, 1, ...
-  void append_tokens(std::span<const std::int32_t> ids,
-                     std::span<const std::int32_t> positions = {},
+  void append_tokens(std::span<const std::int32_t> ids, std::span<const std::int32_t> positions = {},
                      std::span<const float> logprob = {}, std::span<const std::string> pieces = {});
 
   // The next n rows of one layer, in the file's element type, head-major: k (n_kv_heads, n,
@@ -59,8 +56,7 @@ class TraceWriter {
               std::span<const std::byte> q);
   // The same from float32, rounded to nearest even. A finite value that the element type cannot
   // hold is refused.
-  void append(int layer, Pos n, std::span<const float> k, std::span<const float> v,
-              std::span<const float> q);
+  void append(int layer, Pos n, std::span<const float> k, std::span<const float> v, std::span<const float> q);
   Pos n_stored_queries(int layer, Pos n) const;  // m of the next n rows of this layer
 
   void write_output(int layer, Pos pos,
@@ -92,12 +88,10 @@ class TraceWriter {
   };
   LayerState& layer_state(int layer);
   void write_at(std::uint64_t offset, std::span<const std::byte> data);
-  void write_rows(const Array& array, int heads, std::uint64_t first, std::uint64_t n,
-                  std::span<const std::byte> data, const char* name);
-  void write_values(const Array& array, std::uint64_t head, std::uint64_t row,
-                    std::span<const float> values);
-  std::vector<std::byte> narrowed(ElementType type, std::span<const float> values,
-                                  const char* name) const;
+  void write_rows(const Array& array, int heads, std::uint64_t first, std::uint64_t n, std::span<const std::byte> data,
+                  const char* name);
+  void write_values(const Array& array, std::uint64_t head, std::uint64_t row, std::span<const float> values);
+  std::vector<std::byte> narrowed(ElementType type, std::span<const float> values, const char* name) const;
   void flush();
 
   std::filesystem::path path_, working_, part_;

@@ -15,25 +15,22 @@ class AdaKv final : public Allocator {
     double alpha = 0.2;
   };
   static constexpr std::string_view kName = "adakv";
-  static constexpr std::string_view kSummary =
-      "heads share a layer's budget by their counts among its top scores";
+  static constexpr std::string_view kSummary = "heads share a layer's budget by their counts among its top scores";
   static constexpr std::string_view kPaper = "arXiv:2407.11550";
   static constexpr std::string_view kDeviation =
       "kvpress' safeguard by default (the authors' with safeguard=official); a head keeps at least "
       "one token";
   static constexpr std::array kParams{
-      choice<&Config::safeguard>(
-          "safeguard", kSafeguards,
-          "kvpress: each head's own top alpha * budget is sure, the rest compete; official: "
-          "all compete, then budgets move towards the mean by alpha"),
+      choice<&Config::safeguard>("safeguard", kSafeguards,
+                                 "kvpress: each head's own top alpha * budget is sure, the rest compete; official: "
+                                 "all compete, then budgets move towards the mean by alpha"),
       number<&Config::alpha>("alpha", 0, 1, "share of the budget that is safe: 0 none, 1 uniform"),
   };
 
   explicit AdaKv(const Config& config) : config_(config) {}
   bool over_sets() const override { return true; }
 
-  std::vector<int> assign(const std::vector<std::vector<float>>& scores,
-                          int mean_budget) const override {
+  std::vector<int> assign(const std::vector<std::vector<float>>& scores, int mean_budget) const override {
     return config_.safeguard == Safeguard::kvpress ? with_floor(scores, mean_budget)
                                                    : interpolated(scores, mean_budget);
   }
@@ -43,8 +40,7 @@ class AdaKv final : public Allocator {
 
   // How many of the `n` highest of all scores each set has, once its own `skip` highest are set
   // aside.
-  static std::vector<int> counts(const Scores& scores, const std::vector<int>& skip,
-                                 std::size_t n) {
+  static std::vector<int> counts(const Scores& scores, const std::vector<int>& skip, std::size_t n) {
     std::vector<std::pair<float, int>> rest;  // (score, set)
     for (std::size_t s = 0; s < scores.size(); ++s) {
       std::vector<float> sorted = scores[s];
@@ -54,10 +50,9 @@ class AdaKv final : public Allocator {
       }
     }
     n = std::min(n, rest.size());
-    std::partial_sort(rest.begin(), rest.begin() + static_cast<std::ptrdiff_t>(n), rest.end(),
-                      [](const auto& a, const auto& b) {
-                        return a.first != b.first ? a.first > b.first : a.second < b.second;
-                      });
+    std::partial_sort(
+        rest.begin(), rest.begin() + static_cast<std::ptrdiff_t>(n), rest.end(),
+        [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
     std::vector<int> count(scores.size(), 0);
     for (std::size_t i = 0; i < n; ++i) {
       ++count[static_cast<std::size_t>(rest[i].second)];
@@ -90,8 +85,7 @@ class AdaKv final : public Allocator {
     std::vector<int> budgets = counts(scores, held, total);
     for (std::size_t s = 0; s < budgets.size(); ++s) {
       const double floor = std::floor(config_.alpha * (mean_budget - held[s]) + kRound);
-      budgets[s] = std::max(
-          1, held[s] + static_cast<int>(std::rint(budgets[s] * (1 - config_.alpha) + floor)));
+      budgets[s] = std::max(1, held[s] + static_cast<int>(std::rint(budgets[s] * (1 - config_.alpha) + floor)));
     }
     return budgets;
   }

@@ -15,17 +15,15 @@ class Pyramid final : public Allocator {
     double beta = 20;
   };
   static constexpr std::string_view kName = "pyramid";
-  static constexpr std::string_view kSummary =
-      "more tokens for the first layers of the model, fewer for the last";
+  static constexpr std::string_view kSummary = "more tokens for the first layers of the model, fewer for the last";
   static constexpr std::string_view kPaper = "arXiv:2406.02069";
   static constexpr std::string_view kDeviation =
       "as kvpress, whose pyramid is off (all layers alike) when the last layer would get less than "
       "window: with these "
       "defaults for every budget below 1280";
   static constexpr std::array kParams{
-      choice<&Config::version>(
-          "version", kVersions,
-          "kvpress: the window is within the budgets; official: integers, the window on top"),
+      choice<&Config::version>("version", kVersions,
+                               "kvpress: the window is within the budgets; official: integers, the window on top"),
       number<&Config::window>("window", 0, kUnbounded, "the selector's obs_window", Scale::log),
       number<&Config::beta>("beta", 1, 1e6, "the last layer gets budget / beta", Scale::log),
   };
@@ -45,8 +43,8 @@ class Pyramid final : public Allocator {
       high = l.prompt_len - w;
       low = 2 * base - high;
     }
-    const bool off = kvpress ? !(l.prompt_len >= high && high >= low && low >= w)
-                             : base < 1 || l.prompt_len < 2 * base || low < 0;
+    const bool off =
+        kvpress ? !(l.prompt_len >= high && high >= low && low >= w) : base < 1 || l.prompt_len < 2 * base || low < 0;
     if (off || l.n_layers < 2) {
       return Allocator::over_layers(l);
     }

@@ -26,8 +26,7 @@ class Quest final : public Reader {
       number<&Config::page>("page", 1, 4096, "tokens of a page", Scale::log),
       number<&Config::budget>("budget", 1, kUnbounded, "tokens read per query head", Scale::log),
       number<&Config::min_pages>("min_pages", 1, 4096, "pages read at least, whatever the budget"),
-      number<&Config::dense_layers>("dense_layers", 0, 4096,
-                                    "first layers of the model, read in full"),
+      number<&Config::dense_layers>("dense_layers", 0, 4096, "first layers of the model, read in full"),
   };
 
   Quest(const Config& config, const SetShape& shape)
@@ -48,18 +47,13 @@ class Quest final : public Reader {
     pages.meet(view, lane, page_);
     const Eigen::VectorXf q = view.queries(lane, 1).row(head);
     const Eigen::Index rows = view.pos.back() / page_ + 1;
-    const Eigen::VectorXf bound =
-        pages.high.topRows(rows) * q.cwiseMax(0) + pages.low.topRows(rows) * q.cwiseMin(0);
+    const Eigen::VectorXf bound = pages.high.topRows(rows) * q.cwiseMax(0) + pages.low.topRows(rows) * q.cwiseMin(0);
     order_.resize(pages.resident.size() - 1);  // all but the newest page
     std::iota(order_.begin(), order_.end(), 0);
     const auto n_old = std::min(order_.size(), static_cast<std::size_t>(n_read_ - 1));
-    const auto bound_of = [&](int r) {
-      return bound[pages.resident[static_cast<std::size_t>(r)].page];
-    };
-    std::nth_element(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(n_old),
-                     order_.end(), [&](int a, int b) {
-                       return bound_of(a) != bound_of(b) ? bound_of(a) > bound_of(b) : a > b;
-                     });
+    const auto bound_of = [&](int r) { return bound[pages.resident[static_cast<std::size_t>(r)].page]; };
+    std::nth_element(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(n_old), order_.end(),
+                     [&](int a, int b) { return bound_of(a) != bound_of(b) ? bound_of(a) > bound_of(b) : a > b; });
     order_.resize(n_old);
     order_.push_back(static_cast<int>(pages.resident.size()) - 1);
     for (int r : order_) {
@@ -86,9 +80,7 @@ class Quest final : public Reader {
 
     void meet(const View& view, int lane, int page) {
       const int n = static_cast<int>(view.pos.size());
-      const auto page_of = [&](int slot) {
-        return view.pos[static_cast<std::size_t>(slot)] / page;
-      };
+      const auto page_of = [&](int slot) { return view.pos[static_cast<std::size_t>(slot)] / page; };
       if (view.now == now) {
         return;
       }  // another head of the same step

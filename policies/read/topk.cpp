@@ -23,10 +23,9 @@ class TopK final : public Reader {
   static constexpr std::string_view kDeviation = "";
   static constexpr Foresight kForesight = Foresight::oracle;
   static constexpr std::array kParams{
-      choice<&Config::per>(
-          "per", kPers,
-          "kv_head: its query heads share one choice, by their attention as group reduces it; "
-          "query_head: each has its own, which no choice can beat in evicted_mass"),
+      choice<&Config::per>("per", kPers,
+                           "kv_head: its query heads share one choice, by their attention as group reduces it; "
+                           "query_head: each has its own, which no choice can beat in evicted_mass"),
       number<&Config::budget>("budget", 1, kUnbounded, "tokens read", Scale::log),
   };
   static Needs needs(const Config&) { return {}; }
@@ -74,8 +73,7 @@ class TopK final : public Reader {
     for (int h = 0; h < view.n_heads; ++h) {
       view.head_attention(lane, h, {attn.row(h).data(), attn_.size()});
     }
-    Eigen::RowVectorXf::Map(attn_.data(), n) =
-        reduce_heads(view.group, attn.cast<double>()).cast<float>();
+    Eigen::RowVectorXf::Map(attn_.data(), n) = reduce_heads(view.group, attn.cast<double>()).cast<float>();
   }
 
   Per per_;

@@ -14,8 +14,7 @@ class Kivi final : public Rewriter {
     bool fp16_constants = true;
   };
   static constexpr std::string_view kName = "kivi";
-  static constexpr std::string_view kSummary =
-      "keys quantised per channel, values per token, the latest tokens exact";
+  static constexpr std::string_view kSummary = "keys quantised per channel, values per token, the latest tokens exact";
   static constexpr std::string_view kPaper = "arXiv:2402.02750";
   static constexpr std::string_view kDeviation =
       "under eviction a group holds the next resident tokens, and keeps its constants when some of "
@@ -24,22 +23,18 @@ class Kivi final : public Rewriter {
   static constexpr std::array kParams{
       number<&Config::bits>("bits", 1, 16, "bits of a number"),
       number<&Config::group>("group", 1, 4096, "numbers that share a scale and a zero", Scale::log),
-      number<&Config::residual>(
-          "residual", 1, 65536,
-          "latest tokens: values of all are exact, keys until so many have gathered", Scale::log),
-      flag<&Config::fp16_constants>("fp16_constants",
-                                    "scale and zero are rounded to half precision before use"),
+      number<&Config::residual>("residual", 1, 65536,
+                                "latest tokens: values of all are exact, keys until so many have gathered", Scale::log),
+      flag<&Config::fp16_constants>("fp16_constants", "scale and zero are rounded to half precision before use"),
   };
   static void check(const Config& c, int) {
     if (c.residual % c.group != 0) {
-      throw ConfigError("kivi: residual=" + std::to_string(c.residual) +
-                        " is not a multiple of group=" + std::to_string(c.group) +
-                        ", and keys are encoded in whole groups");
+      throw ConfigError("kivi: residual=" + std::to_string(c.residual) + " is not a multiple of group=" +
+                        std::to_string(c.group) + ", and keys are encoded in whole groups");
     }
   }
 
-  Kivi(const Config& config, const SetShape& shape)
-      : config_(config), element_bytes_(shape.element_bytes) {}
+  Kivi(const Config& config, const SetShape& shape) : config_(config), element_bytes_(shape.element_bytes) {}
 
   void step(Cache& cache) override {
     const int n = static_cast<int>(cache.pos.size());
@@ -64,14 +59,11 @@ class Kivi final : public Rewriter {
  private:
   static Pos at(const Cache& cache, int slot) { return cache.pos[static_cast<std::size_t>(slot)]; }
   static int slots_before(const Cache& cache, Pos end) {
-    return static_cast<int>(std::lower_bound(cache.pos.begin(), cache.pos.end(), end) -
-                            cache.pos.begin());
+    return static_cast<int>(std::lower_bound(cache.pos.begin(), cache.pos.end(), end) - cache.pos.begin());
   }
 
   void quantise(Eigen::Ref<Eigen::VectorXf> x) const {
-    const auto round = [&](float c) {
-      return config_.fp16_constants ? static_cast<float>(Eigen::half(c)) : c;
-    };
+    const auto round = [&](float c) { return config_.fp16_constants ? static_cast<float>(Eigen::half(c)) : c; };
     const float levels = static_cast<float>((1 << config_.bits) - 1);
     const float zero = x.minCoeff();
     if (x.maxCoeff() == zero) {
@@ -95,8 +87,7 @@ class Kivi final : public Rewriter {
       quantise(channel);
       k.col(c) = channel;
     }
-    const double bytes =
-        encoded_bytes(cache.head_dim, static_cast<double>(cache.head_dim) / config_.group);
+    const double bytes = encoded_bytes(cache.head_dim, static_cast<double>(cache.head_dim) / config_.group);
     for (int i = 0; i < config_.group; ++i) {
       const int slot = first + i;
       store(cache, lane, slot, k.row(i), cache.value(lane, slot),
@@ -116,11 +107,9 @@ class Kivi final : public Rewriter {
   }
 
   // `constants` pairs of scale and zero at 16 bit each.
-  double encoded_bytes(int numbers, double constants) const {
-    return numbers * config_.bits / 8.0 + 4 * constants;
-  }
-  static void store(Cache& cache, int lane, int slot, const Eigen::VectorXf& k,
-                    const Eigen::VectorXf& v, double more_bytes) {
+  double encoded_bytes(int numbers, double constants) const { return numbers * config_.bits / 8.0 + 4 * constants; }
+  static void store(Cache& cache, int lane, int slot, const Eigen::VectorXf& k, const Eigen::VectorXf& v,
+                    double more_bytes) {
     cache.rewrite(lane, slot, k, v, cache.bias(lane, slot), cache.bytes(lane, slot) + more_bytes);
   }
 

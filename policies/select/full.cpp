@@ -17,9 +17,7 @@ class Full final : public Selector {
 
   Full(const Config&, const SetShape&) {}
   int surplus(const View&) const override { return 0; }
-  void score(const View&, std::span<float> out) override {
-    std::fill(out.begin(), out.end(), 0.0F);
-  }
+  void score(const View&, std::span<float> out) override { std::fill(out.begin(), out.end(), 0.0F); }
 };
 
 }  // namespace

@@ -16,10 +16,9 @@ class Given final : public Selector {
   static constexpr std::string_view kDeviation = "";
   static constexpr std::array kParams{
       text<&Config::scores>("scores", "keep the highest of the trace's scores/NAME"),
-      text<&Config::evicted_at>(
-          "evicted_at",
-          "replay a file of recorded evictions: per set and token the first decode step without "
-          "it; no budget applies"),
+      text<&Config::evicted_at>("evicted_at",
+                                "replay a file of recorded evictions: per set and token the first decode step without "
+                                "it; no budget applies"),
   };
   // Taken before the attention of the recorded step, that step is the first without the token.
   static Traits traits(const Config& c) {
@@ -52,11 +51,9 @@ class Given final : public Selector {
     if (!replay_) {
       return Selector::surplus(view);
     }
-    const Pos step =
-        std::max(0, view.now - view.prompt_len);  // the prompt's cut is what step 0 misses
-    return static_cast<int>(std::count_if(view.pos.begin(), view.pos.end(), [&](Pos p) {
-      return evicted_at_[static_cast<std::size_t>(p)] <= step;
-    }));
+    const Pos step = std::max(0, view.now - view.prompt_len);  // the prompt's cut is what step 0 misses
+    return static_cast<int>(std::count_if(view.pos.begin(), view.pos.end(),
+                                          [&](Pos p) { return evicted_at_[static_cast<std::size_t>(p)] <= step; }));
   }
 
   void score(const View& view, std::span<float> out) override {

@@ -18,8 +18,7 @@ class H2o final : public Selector {
     Mass mass = Mass::sum;
   };
   static constexpr std::string_view kName = "h2o";
-  static constexpr std::string_view kSummary =
-      "attention received since birth, plus a recent window";
+  static constexpr std::string_view kSummary = "attention received since birth, plus a recent window";
   static constexpr std::string_view kPaper = "arXiv:2306.14048";
   static constexpr std::string_view kDeviation =
       "one set per KV head with the group's mean attention (the paper has no grouped heads; "
@@ -28,9 +27,8 @@ class H2o final : public Selector {
   static constexpr std::array kParams{
       number<&Config::sink>("sink", 0, kUnbounded, "first tokens, never evicted", Scale::log),
       number<&Config::window>("window", 0, kUnbounded, "latest tokens, never evicted", Scale::log),
-      choice<&Config::mass>(
-          "mass", kMasses,
-          "sum: as the authors' code; mean: divided by the number of queries since birth"),
+      choice<&Config::mass>("mass", kMasses,
+                            "sum: as the authors' code; mean: divided by the number of queries since birth"),
   };
   static Needs needs(const Config&) { return {.prompt_queries = Needs::kAll}; }
 

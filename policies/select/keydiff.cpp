@@ -8,8 +8,7 @@ class KeyDiff final : public Selector {
  public:
   struct Config {};
   static constexpr std::string_view kName = "keydiff";
-  static constexpr std::string_view kSummary =
-      "minus the cosine between a key and the mean of the unit keys";
+  static constexpr std::string_view kSummary = "minus the cosine between a key and the mean of the unit keys";
   static constexpr std::string_view kPaper = "arXiv:2504.15364";
   static constexpr std::string_view kDeviation =
       "the prompt is cut once and then one token a step (the paper cuts blocks of 128)";
@@ -17,8 +16,8 @@ class KeyDiff final : public Selector {
 
   KeyDiff(const Config&, const SetShape& shape) {
     for (int lane = 0; lane < shape.n_lanes; ++lane) {
-      lanes_.push_back({Eigen::VectorXd::Zero(shape.head_dim),
-                        std::vector<float>(static_cast<std::size_t>(shape.n_tokens), 0.0F)});
+      lanes_.push_back(
+          {Eigen::VectorXd::Zero(shape.head_dim), std::vector<float>(static_cast<std::size_t>(shape.n_tokens), 0.0F)});
     }
   }
 
@@ -67,9 +66,7 @@ class KeyDiff final : public Selector {
   }
   void add(const View& view, int slot, double sign) {
     for (std::size_t l = 0; l < lanes_.size(); ++l) {
-      const double scale =
-          sign *
-          static_cast<double>(lanes_[l].inverse_norm[static_cast<std::size_t>(at(view, slot))]);
+      const double scale = sign * static_cast<double>(lanes_[l].inverse_norm[static_cast<std::size_t>(at(view, slot))]);
       lanes_[l].sum += scale * view.key(static_cast<int>(l), slot).cast<double>();
     }
   }

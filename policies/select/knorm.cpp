@@ -13,8 +13,7 @@ class Knorm final : public Selector {
   static constexpr std::string_view kDeviation = "every layer alike, as kvpress";
   static constexpr std::array<ParamInfo, 0> kParams{};
 
-  Knorm(const Config&, const SetShape& shape)
-      : norm_(static_cast<std::size_t>(shape.n_tokens), -1.0F) {}
+  Knorm(const Config&, const SetShape& shape) : norm_(static_cast<std::size_t>(shape.n_tokens), -1.0F) {}
 
   void observe(const View& view) override {
     for (Pos p : view.rewritten) {

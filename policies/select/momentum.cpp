@@ -11,16 +11,14 @@ class Momentum final : public Selector {
     double alpha = 0.97;
   };
   static constexpr std::string_view kName = "momentum";
-  static constexpr std::string_view kSummary =
-      "decayed sum of the attention that decode tokens receive";
+  static constexpr std::string_view kSummary = "decayed sum of the attention that decode tokens receive";
   static constexpr std::string_view kPaper = "arXiv:2605.29873";
   static constexpr std::string_view kDeviation =
       "alpha is one value (the paper searches it per model, task and budget: 0.2 to 0.98); with "
       "pool=all the "
       "prompt is cut by the attention of its last query";
   static constexpr std::array kParams{
-      number<&Config::alpha>("alpha", 0, 1,
-                             "decay of the sum per step: 0 is TOVA, 1 is H2O without a window",
+      number<&Config::alpha>("alpha", 0, 1, "decay of the sum per step: 0 is TOVA, 1 is H2O without a window",
                              Scale::one_minus),
   };
   static Traits traits(const Config&) { return {.scope = Scope::layer, .pool = Pool::decode}; }
@@ -40,8 +38,7 @@ class Momentum final : public Selector {
     view.attention(attn_);
     for (std::size_t i = 0; i < attn_.size(); ++i) {
       double& importance = importance_[static_cast<std::size_t>(view.pos[i])];
-      importance =
-          alpha_ * importance + static_cast<double>(attn_[i]);  // Eq. 5: no factor 1 - alpha
+      importance = alpha_ * importance + static_cast<double>(attn_[i]);  // Eq. 5: no factor 1 - alpha
     }
   }
 

@@ -18,9 +18,7 @@ class OracleMass final : public OracleSelector {
 
   OracleMass(const Config&, const SetShape&) {}
   void reveal(const Future& future) override { future_ = &future; }
-  void score(const View& view, std::span<float> out) override {
-    future_->attention_to_come(view, out);
-  }
+  void score(const View& view, std::span<float> out) override { future_->attention_to_come(view, out); }
 
  private:
   const Future* future_ = nullptr;

@@ -18,10 +18,9 @@ class Random final : public Selector {
   static constexpr std::string_view kPaper = "";
   static constexpr std::string_view kDeviation = "";
   static constexpr std::array kParams{
-      choice<&Config::draw>(
-          "draw", kDraws,
-          "each: new numbers at every eviction, so that old tokens get rarer; once: "
-          "one number for life, so that what stays is a uniform sample of all tokens"),
+      choice<&Config::draw>("draw", kDraws,
+                            "each: new numbers at every eviction, so that old tokens get rarer; once: "
+                            "one number for life, so that what stays is a uniform sample of all tokens"),
   };
 
   Random(const Config& config, const SetShape& shape)

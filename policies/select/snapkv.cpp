@@ -18,8 +18,7 @@ class SnapKv final : public Selector {
     int kernel = 5;
   };
   static constexpr std::string_view kName = "snapkv";
-  static constexpr std::string_view kSummary =
-      "pooled attention of the last prompt queries, whose own tokens stay";
+  static constexpr std::string_view kSummary = "pooled attention of the last prompt queries, whose own tokens stay";
   static constexpr std::string_view kPaper = "arXiv:2404.14469";
   static constexpr std::string_view kDeviation =
       "values of kvpress (the authors' code: preset snapkv-official); decode=grow keeps every "
@@ -27,11 +26,10 @@ class SnapKv final : public Selector {
       "the budget holds for the prompt alone; decode=evict scores resident keys again with the "
       "last queries";
   static constexpr std::array kParams{
-      number<&Config::obs_window>("obs_window", 1, kUnbounded,
-                                  "last queries, which vote and whose tokens stay", Scale::log),
-      choice<&Config::pooling>(
-          "pooling", kPoolings,
-          "avg: mean over the kernel, zeros beyond the ends; max: maximum over it"),
+      number<&Config::obs_window>("obs_window", 1, kUnbounded, "last queries, which vote and whose tokens stay",
+                                  Scale::log),
+      choice<&Config::pooling>("pooling", kPoolings,
+                               "avg: mean over the kernel, zeros beyond the ends; max: maximum over it"),
       number<&Config::kernel>("kernel", 1, 1023, "tokens pooled, an odd number; 1: no pooling"),
   };
   static Traits traits(const Config&) { return {.decode = Decode::grow}; }
@@ -51,13 +49,11 @@ class SnapKv final : public Selector {
   void score(const View& view, std::span<float> out) override {
     const Pos first_voter = view.now - obs_window_ + 1;
     Eigen::Index n = 0;  // slots before the window
-    while (n < static_cast<Eigen::Index>(out.size()) &&
-           view.pos[static_cast<std::size_t>(n)] < first_voter) {
+    while (n < static_cast<Eigen::Index>(out.size()) && view.pos[static_cast<std::size_t>(n)] < first_voter) {
       ++n;
     }
-    const MatD votes = view.at_prefill()
-                           ? column_mass_of_set(view, std::min(obs_window_, view.prompt_len))
-                           : current_votes(view);
+    const MatD votes =
+        view.at_prefill() ? column_mass_of_set(view, std::min(obs_window_, view.prompt_len)) : current_votes(view);
     const Eigen::RowVectorXd s = reduce_heads(view.group, pooled(votes.leftCols(n) / obs_window_));
     std::fill(out.begin(), out.end(), n > 0 ? static_cast<float>(s.maxCoeff()) + 1 : 0.0F);
     for (Eigen::Index i = 0; i < n; ++i) {
@@ -72,8 +68,7 @@ class SnapKv final : public Selector {
     const Eigen::Index n = votes.cols(), half = config_.kernel / 2;
     MatD out(votes.rows(), n);
     for (Eigen::Index i = 0; i < n; ++i) {
-      const Eigen::Index begin = std::max<Eigen::Index>(0, i - half),
-                         end = std::min(n, i + half + 1);
+      const Eigen::Index begin = std::max<Eigen::Index>(0, i - half), end = std::min(n, i + half + 1);
       const auto near = votes.middleCols(begin, end - begin);
       if (config_.pooling == Pooling::max) {
         out.col(i) = near.rowwise().maxCoeff();
@@ -99,8 +94,7 @@ class SnapKv final : public Selector {
       const int voters = static_cast<int>(q.rows()) / heads;
       for (int r = 0; r < attn.rows(); ++r) {
         int past = n;  // slots that this voter can see
-        while (past > 0 &&
-               view.pos[static_cast<std::size_t>(past - 1)] > view.now - voters + 1 + r / heads) {
+        while (past > 0 && view.pos[static_cast<std::size_t>(past - 1)] > view.now - voters + 1 + r / heads) {
           --past;
         }
         if (past == 0) {
@@ -108,8 +102,7 @@ class SnapKv final : public Selector {
         }
         auto row = attn.row(r).head(past);
         row = (row.array() - row.maxCoeff()).exp();
-        votes.row(lane * heads + r % heads).head(past) +=
-            row.cast<double>() / row.cast<double>().sum();
+        votes.row(lane * heads + r % heads).head(past) += row.cast<double>() / row.cast<double>().sum();
       }
     }
     return votes;

@@ -11,11 +11,9 @@ class Streaming final : public Selector {
     Tokens sink{4, false};
   };
   static constexpr std::string_view kName = "streaming";
-  static constexpr std::string_view kSummary =
-      "first tokens and the latest ones that the budget still holds";
+  static constexpr std::string_view kSummary = "first tokens and the latest ones that the budget still holds";
   static constexpr std::string_view kPaper = "arXiv:2309.17453";
-  static constexpr std::string_view kDeviation =
-      "keys keep their positions (the paper numbers them by cache slot)";
+  static constexpr std::string_view kDeviation = "keys keep their positions (the paper numbers them by cache slot)";
   static constexpr std::array kParams{
       number<&Config::sink>("sink", 0, kUnbounded, "first tokens, never evicted", Scale::log),
   };

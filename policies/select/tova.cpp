@@ -11,13 +11,11 @@ class Tova final : public Selector {
     bool pin_newest = false;
   };
   static constexpr std::string_view kName = "tova";
-  static constexpr std::string_view kSummary =
-      "attention of the current query, averaged over the layer's heads";
+  static constexpr std::string_view kSummary = "attention of the current query, averaged over the layer's heads";
   static constexpr std::string_view kPaper = "arXiv:2401.06104";
   static constexpr std::string_view kDeviation = "";
   static constexpr std::array kParams{
-      flag<&Config::pin_newest>("pin_newest",
-                                "never evict the newest token, as kvpress; the authors let it go"),
+      flag<&Config::pin_newest>("pin_newest", "never evict the newest token, as kvpress; the authors let it go"),
   };
   static Traits traits(const Config&) { return {.scope = Scope::layer}; }
   static Needs needs(const Config&) { return {.prompt_queries = 1}; }

@@ -1,10 +1,13 @@
 // kvreplay: parses the command line, maps errors to exit codes. Results on stdout, everything else on stderr.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <exception>
 #include <new>
 
+#include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
 #include "sim/cli/exit.hpp"
 #include "sim/cli/policies_command.hpp"
@@ -22,6 +25,22 @@ std::vector<std::string> arguments;
 int fail(ExitCode code, const std::string& sentence) {
   fmt::print(stderr, "kvreplay: {}\n", sentence);
   return code;
+}
+
+// One sentence, with the nearest command where the first word is none.
+std::string usage_sentence(const CLI::App& app, const CLI::ParseError& e) {
+  std::vector<std::string> commands;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+    commands.push_back(command->get_name());
+  }
+  const std::string word = arguments.size() > 1 ? arguments[1] : "";
+  if (!word.empty() && word[0] != '-' && std::find(commands.begin(), commands.end(), word) == commands.end()) {
+    return fmt::format("'{}' is no command; the nearest is '{}' of {}", word, nearest(word, commands),
+                       fmt::join(commands, ", "));
+  }
+  std::string sentence = e.what();
+  std::replace(sentence.begin(), sentence.end(), '\n', ' ');
+  return sentence + (word.empty() || word[0] == '-' ? "; see kvreplay --help" : "; see kvreplay " + word + " --help");
 }
 
 }  // namespace
@@ -43,9 +62,15 @@ int main(int argc, char** argv) {
   add_trace_commands(app);
   try {
     app.parse(argc, argv);
+    if (std::fflush(stdout) != 0) {
+      return fail(kOther, "standard output cannot be written");
+    }
     return kDone;
   } catch (const CLI::ParseError& e) {
-    return e.get_exit_code() == 0 ? app.exit(e) : (app.exit(e, std::cerr, std::cerr), kUsage);
+    if (e.get_exit_code() == 0) {
+      return app.exit(e);
+    }  // --help, --version
+    return fail(kUsage, usage_sentence(app, e));
   } catch (const Exit& e) {
     return e.code;
   } catch (const ConfigError& e) {

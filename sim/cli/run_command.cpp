@@ -3,8 +3,10 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <atomic>
 #include <csignal>
+#include <limits>
 #include <memory>
 #include <thread>
 
@@ -19,13 +21,17 @@ namespace {
 
 std::atomic<bool> stop_requested = false;
 
-void request_stop(int) { stop_requested = true; }
+// The second signal ends the process as if nobody listened.
+void request_stop(int signal) {
+  stop_requested = true;
+  std::signal(signal, SIG_DFL);
+}
 
 struct Options {
   std::vector<std::string> traces, methods, budgets;
   std::string compensators, metrics = "all", layers, detail, steps, memory, out;
   int prompt_len = 0, threads = 0, checkpoints = 16;
-  std::uint64_t seed = 0;
+  std::int64_t seed = 0;
   bool force = false;
 };
 
@@ -37,6 +43,12 @@ std::vector<std::string> split(const std::string& list) {
     begin = end + 1;
   }
   return pieces;
+}
+
+void at_least(const char* option, std::int64_t value, std::int64_t least, std::int64_t most) {
+  if (value < least || value > most) {
+    throw ConfigError(fmt::format("{}: {} is outside {} to {}", option, value, least, most));
+  }
 }
 
 RunRequest request_of(const Options& o, bool compensators_given) {
@@ -60,9 +72,6 @@ RunRequest request_of(const Options& o, bool compensators_given) {
   if (!o.layers.empty()) {
     r.layers = parse_integers("--layers", o.layers);
   }
-  if (o.prompt_len < 0) {
-    throw ConfigError("--prompt-len must be at least 1");
-  }
   r.prompt_len = o.prompt_len;
   for (const std::string& d : o.detail.empty() ? std::vector<std::string>{} : split(o.detail)) {
     if (d == "steps") {
@@ -80,16 +89,12 @@ RunRequest request_of(const Options& o, bool compensators_given) {
   }
   if (!o.steps.empty()) {
     r.output_steps = parse_integers("--steps", o.steps);
-  }
-  if (o.checkpoints < 1) {
-    throw ConfigError("--checkpoints must be at least 1");
+    std::sort(r.output_steps.begin(), r.output_steps.end());
+    r.output_steps.erase(std::unique(r.output_steps.begin(), r.output_steps.end()), r.output_steps.end());
   }
   r.n_checkpoints = o.checkpoints;
-  if (o.threads < 0) {
-    throw ConfigError("--threads must be at least 1");
-  }
   r.threads = o.threads > 0 ? o.threads : std::max(1, int(std::thread::hardware_concurrency()));
-  r.seed = o.seed;
+  r.seed = std::uint64_t(o.seed);
   if (!o.memory.empty()) {
     r.memory = parse_bytes("--memory", o.memory);
   }
@@ -115,17 +120,26 @@ void add_run_command(CLI::App& app) {
                           "Measured beside every method; 'none' for none (default: mean,moments,gaussian)");
   run_app->add_option("--metrics", o->metrics, "What to measure; fewer is faster (default: all)");
   run_app->add_option("--layers", o->layers, "The model's layer numbers, as 0,4-7 (default: all in the trace)");
-  run_app->add_option("--prompt-len", o->prompt_len, "Move the boundary between prompt and decode");
+  CLI::Option* prompt_len =
+      run_app->add_option("--prompt-len", o->prompt_len, "Move the boundary between prompt and decode");
   run_app->add_option("--detail", o->detail, "Also write steps, retained, outputs (a comma list)");
   run_app->add_option("--steps", o->steps, "Decode steps of --detail outputs, as 0,100-103");
   run_app->add_option("--checkpoints", o->checkpoints, "Steps at which subspaces are compared (default: 16)");
-  run_app->add_option("-j,--threads", o->threads, "Threads (default: all)");
+  CLI::Option* threads = run_app->add_option("-j,--threads", o->threads, "Threads (default: all)");
   run_app->add_option("--seed", o->seed, "Seed of random methods and splits (default: 0)");
   run_app->add_option("--memory", o->memory,
                       "Memory to stay within, as 8GiB (default: three quarters of what is free)");
   run_app->add_option("-o,--out", o->out, "Folder for the results")->required();
   run_app->add_flag("--force", o->force, "Write into a folder that is not empty");
-  run_app->callback([o, compensators, &app] {
+  run_app->callback([o, compensators, prompt_len, threads] {
+    if (prompt_len->count() > 0) {
+      at_least("--prompt-len", o->prompt_len, 1, 1 << 30);
+    }
+    if (threads->count() > 0) {
+      at_least("--threads", o->threads, 1, 1024);
+    }
+    at_least("--checkpoints", o->checkpoints, 1, 1 << 20);
+    at_least("--seed", o->seed, 0, std::numeric_limits<std::int64_t>::max());
     RunRequest request = request_of(*o, compensators->count() > 0);
     request.argv = command_line();
     std::signal(SIGINT, request_stop);
@@ -139,6 +153,9 @@ void add_run_command(CLI::App& app) {
     fmt::print("{} cells in {}\n", outcome.n_cells, request.out.string());
     for (const std::string& sentence : outcome.failed) {
       fmt::print(stderr, "kvreplay: {}\n", sentence);
+    }
+    if (outcome.trace_failed) {
+      throw Exit{kTrace};
     }
     if (outcome.interrupted) {
       throw Exit{kInterrupted};

@@ -131,7 +131,7 @@ std::string generator(const CLI::App& command) {
       json["argv"].push_back(option->get_positional() ? std::filesystem::path(result).filename().string() : result);
     }
   }
-  return json.dump();
+  return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
 void add_info(CLI::App& app) {

@@ -7,8 +7,7 @@
 
 namespace kvreplay {
 
-Layer random_layer(int n_kv_heads, int group_size, int head_dim, Pos n_tokens, Pos prompt_len,
-                   unsigned seed) {
+Layer random_layer(int n_kv_heads, int group_size, int head_dim, Pos n_tokens, Pos prompt_len, unsigned seed) {
   Layer layer;
   layer.n_model_layers = 1;
   layer.n_heads = n_kv_heads * group_size;

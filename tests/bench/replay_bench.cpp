@@ -20,9 +20,7 @@ using nlohmann::json;
 
 namespace {
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Eigen's own float32 rate at the shape of one block: (m, k) x (k, n).
 double product_rate(int m, int k, int n) {
@@ -91,8 +89,7 @@ json measure(const Layer& layer, const Case& c, int budget, int repeat) {
   options.metrics = MetricSet::parse(c.metrics == "steps" ? step_metrics() : c.metrics);
   options.threads = c.threads;
   for (const std::string& name : c.compensators) {
-    options.compensators.push_back(
-        &*compensators.emplace_back(parse_method("full+" + name)).compensate);
+    options.compensators.push_back(&*compensators.emplace_back(parse_method("full+" + name)).compensate);
   }
   json best;
   for (int i = 0; i < repeat; ++i) {
@@ -128,20 +125,15 @@ std::vector<std::string> sweep(const std::string& prefix, const std::vector<std:
   return methods;
 }
 
-void measure_engine(const Layer& layer, int budget, int repeat,
-                    const std::vector<std::string>& windows,
+void measure_engine(const Layer& layer, int budget, int repeat, const std::vector<std::string>& windows,
                     const std::vector<std::string>& alphas) {
-  const std::vector<std::string> momentum16 = sweep("momentum:alpha=", alphas),
-                                 h2o16 = sweep("h2o:window=", windows);
+  const std::vector<std::string> momentum16 = sweep("momentum:alpha=", alphas), h2o16 = sweep("h2o:window=", windows);
   const auto say = [](const json& line) { std::cout << line.dump() << std::endl; };
-  say({{"case", "product"},
-       {"rate", product_rate(256, 128, 8192)},
-       {"exact_flop", exact_flop(layer)}});
+  say({{"case", "product"}, {"rate", product_rate(256, 128, 8192)}, {"exact_flop", exact_flop(layer)}});
   for (const std::string metrics : {"all", "steps", "error,evicted_mass"}) {
     const auto run = [&](const std::string& name, std::vector<std::string> methods,
                          std::vector<std::string> compensators = {}) {
-      say(measure(layer, {name, metrics, std::move(methods), std::move(compensators)}, budget,
-                  repeat));
+      say(measure(layer, {name, metrics, std::move(methods), std::move(compensators)}, budget, repeat));
     };
     run("h2o", {"h2o"});
     run("h2o, 3 compensators", {"h2o"}, {"mean", "moments", "gaussian"});
@@ -153,9 +145,8 @@ void measure_engine(const Layer& layer, int budget, int repeat,
       alone += measure(layer, {method, metrics, {method}}, budget, 1)["seconds"].get<double>();
     }
     say({{"case", "16 x momentum"}, {"metrics", metrics}, {"threads", 1}, {"seconds", alone}});
-    say(measure(layer,
-                {.name = "momentum x 16", .metrics = metrics, .methods = momentum16, .threads = 2},
-                budget, repeat));
+    say(measure(layer, {.name = "momentum x 16", .metrics = metrics, .methods = momentum16, .threads = 2}, budget,
+                repeat));
   }
   // The same as torch_replay.py does.
   for (const auto& [name, methods] : {std::pair{"h2o x 1", std::vector{h2o16.back()}},
@@ -169,12 +160,9 @@ void measure_engine(const Layer& layer, int budget, int repeat,
 void measure_reading(const std::string& path) {
   const TraceReader reader(path);
   const TraceInfo& info = reader.info();
-  std::vector<float> rows(std::size_t(info.n_tokens) *
-                          std::size_t(std::max(info.head_dim, info.v_head_dim)));
-  const std::span<float> k_rows(rows.data(),
-                                std::size_t(info.n_tokens) * std::size_t(info.head_dim));
-  const std::span<float> v_rows(rows.data(),
-                                std::size_t(info.n_tokens) * std::size_t(info.v_head_dim));
+  std::vector<float> rows(std::size_t(info.n_tokens) * std::size_t(std::max(info.head_dim, info.v_head_dim)));
+  const std::span<float> k_rows(rows.data(), std::size_t(info.n_tokens) * std::size_t(info.head_dim));
+  const std::span<float> v_rows(rows.data(), std::size_t(info.n_tokens) * std::size_t(info.v_head_dim));
   double best = 1e9;
   for (int i = 0; i < 5; ++i) {
     const double start = now();
@@ -187,9 +175,8 @@ void measure_reading(const std::string& path) {
     }
     best = std::min(best, now() - start);
   }
-  const double numbers =
-      double(info.n_tokens) * (double(info.n_heads + info.n_kv_heads) * info.head_dim +
-                               double(info.n_kv_heads) * info.v_head_dim);
+  const double numbers = double(info.n_tokens) * (double(info.n_heads + info.n_kv_heads) * info.head_dim +
+                                                  double(info.n_kv_heads) * info.v_head_dim);
   std::cout << json{{"case", "read"},
                     {"element", name_of(info.element)},
                     {"bytes_per_second", numbers * double(size_of(info.element)) / best}}
@@ -200,8 +187,7 @@ void measure_reading(const std::string& path) {
 }  // namespace
 
 int main(int argc, char** argv) try {
-  int tokens = 8192, prompt_len = 4096, kv_heads = 2, group = 4, head_dim = 128, budget = 1024,
-      repeat = 2;
+  int tokens = 8192, prompt_len = 4096, kv_heads = 2, group = 4, head_dim = 128, budget = 1024, repeat = 2;
   std::string write_to, read_from, element = "f32";
   std::vector<std::string> windows{"512"}, alphas{"0.97"};
   CLI::App app("Times the replay engine on a layer of random numbers");
@@ -211,8 +197,7 @@ int main(int argc, char** argv) try {
   app.add_option("--group", group);
   app.add_option("--head-dim", head_dim);
   app.add_option("--budget", budget);
-  app.add_option("--windows", windows, "of the h2o configurations; the last one also runs alone")
-      ->delimiter(',');
+  app.add_option("--windows", windows, "of the h2o configurations; the last one also runs alone")->delimiter(',');
   app.add_option("--alphas", alphas, "of the momentum configurations; likewise")->delimiter(',');
   app.add_option("--repeat", repeat, "every figure is the best of so many runs");
   app.add_option("--element", element, "of the trace written: f16, bf16, f32");

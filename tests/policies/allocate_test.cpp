@@ -77,7 +77,9 @@ TEST_CASE("adakv's safeguards spread exactly the total and keep a token in every
     INFO(part);
     Scores scores(8, std::vector<float>(50));
     for (std::size_t s = 0; s < scores.size(); ++s) {
-      for (std::size_t i = 0; i < 50; ++i) { scores[s][i] = static_cast<float>((s + 3) * ((i * 7 + s) % 50 + 1)); }
+      for (std::size_t i = 0; i < 50; ++i) {
+        scores[s][i] = static_cast<float>((s + 3) * ((i * 7 + s) % 50 + 1));
+      }
       scores[s][49] = kInf;
     }
     for (int budget : {2, 7, 25}) {

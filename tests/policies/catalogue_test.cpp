@@ -19,7 +19,9 @@ TEST_CASE("one file per part: stems, folders and catalogue agree") {
   }
   for (const char* role : {"select", "read", "allocate", "rewrite", "compensate"}) {
     for (const auto& file : fs::directory_iterator(fs::path(KVREPLAY_ROOT) / "policies" / role)) {
-      if (file.path().extension() == ".cpp") { found.insert((fs::path(role) / file.path().stem()).string()); }
+      if (file.path().extension() == ".cpp") {
+        found.insert((fs::path(role) / file.path().stem()).string());
+      }
     }
   }
   CHECK(listed == found);
@@ -35,7 +37,9 @@ TEST_CASE("names are unique and keys of a part do not hide engine keys") {
     std::set<std::string_view> keys;
     if (p->role == Role::select) {
       keys.insert("budget");
-      for (const ParamInfo& k : engine_keys()) { keys.insert(k.name); }
+      for (const ParamInfo& k : engine_keys()) {
+        keys.insert(k.name);
+      }
     }
     const auto config = p->config();
     for (const ParamInfo& k : p->params) {
@@ -51,7 +55,9 @@ TEST_CASE("names are unique and keys of a part do not hide engine keys") {
       }
     }
   }
-  for (const Preset& p : all_presets()) { CHECK(names.insert(p.name).second); }
+  for (const Preset& p : all_presets()) {
+    CHECK(names.insert(p.name).second);
+  }
 }
 
 TEST_CASE("the two MomentKVs name each other") {

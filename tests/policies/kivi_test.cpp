@@ -23,7 +23,9 @@ bool value_changed(const FakeView& view, int slot) {
 template <class Changed>
 int count(const FakeView& view, Changed changed) {
   int n = 0;
-  for (int i = 0; i < static_cast<int>(view.pos.size()); ++i) { n += changed(view, i); }
+  for (int i = 0; i < static_cast<int>(view.pos.size()); ++i) {
+    n += changed(view, i);
+  }
   return n;
 }
 
@@ -85,7 +87,9 @@ TEST_CASE("keys share constants per channel over tokens, values per token over c
   make(":bits=2,group=32,residual=128", view)->step(view);
   for (int c = 0; c < 64; ++c) {
     std::set<float> levels;
-    for (int i = 0; i < 32; ++i) { levels.insert(view.key(0, i)[c]); }
+    for (int i = 0; i < 32; ++i) {
+      levels.insert(view.key(0, i)[c]);
+    }
     CHECK(levels.size() <= 4);
   }
   for (int i = 0; i < 8; ++i) {
@@ -119,7 +123,9 @@ TEST_CASE("under eviction a group holds the next resident tokens") {
   view.whole_prompt();
   auto kivi = make(":group=4,residual=8", view);
   std::vector<Pos> odd;
-  for (Pos p = 1; p < 64; p += 2) { odd.push_back(p); }
+  for (Pos p = 1; p < 64; p += 2) {
+    odd.push_back(p);
+  }
   odd.resize(15);
   view.set_slots(odd);
   kivi->step(view);

@@ -21,7 +21,9 @@ void refuses(const std::string& text, const std::vector<std::string>& words) {
     const std::string what = e.what();
     INFO(what);
     CHECK(what.find('\n') == std::string::npos);
-    for (const std::string& word : words) { CHECK(what.find(word) != std::string::npos); }
+    for (const std::string& word : words) {
+      CHECK(what.find(word) != std::string::npos);
+    }
   }
 }
 
@@ -118,7 +120,9 @@ TEST_CASE("allowed combinations are not refused") {
 TEST_CASE("every part survives its own canonical text at the bounds of every key") {
   for (const PartInfo* part : all_parts()) {
     std::string first = part->role == Role::select ? "" : "h2o+";
-    if (part->role == Role::read) { first = "full+"; }
+    if (part->role == Role::read) {
+      first = "full+";
+    }
     const auto check = [&](const ParamInfo& p, const ParamValue& v) {
       std::string text = first + std::string(part->name) + ":" + std::string(p.name) + "=" + format_value(p, v);
       INFO(text);
@@ -128,7 +132,9 @@ TEST_CASE("every part survives its own canonical text at the bounds of every key
         CHECK(parse_method(m.name).needs().prompt_queries == m.needs().prompt_queries);
         const auto config = part->config();
         p.set(config.get(), v);
-        if (!equal(p.get(config.get()), p.get(part->config().get()))) { CHECK(m.name == text); }
+        if (!equal(p.get(config.get()), p.get(part->config().get()))) {
+          CHECK(m.name == text);
+        }
       } catch (const ConfigError& e) {  // only the part itself may refuse a bound, as a combination
         const auto config = part->config();
         p.set(config.get(), v);
@@ -139,7 +145,9 @@ TEST_CASE("every part survives its own canonical text at the bounds of every key
     for (const ParamInfo& p : part->params) {
       switch (p.type) {
         case ParamType::choice:
-          for (std::size_t i = 0; i < p.choices.size(); ++i) { check(p, {static_cast<double>(i), false, {}}); }
+          for (std::size_t i = 0; i < p.choices.size(); ++i) {
+            check(p, {static_cast<double>(i), false, {}});
+          }
           break;
         case ParamType::file:
           check(p, {0, false, "some/name.h5"});
@@ -147,10 +155,14 @@ TEST_CASE("every part survives its own canonical text at the bounds of every key
         default:
           check(p, {p.lo, false, {}});
           check(p, {p.hi, false, {}});
-          if (p.type == ParamType::tokens) { check(p, {37.5, true, {}}); }
+          if (p.type == ParamType::tokens) {
+            check(p, {37.5, true, {}});
+          }
       }
     }
-    if (part->role != Role::select || part->name == "given") { continue; }
+    if (part->role != Role::select || part->name == "given") {
+      continue;
+    }
     for (const ParamInfo& p : engine_keys()) {
       for (std::size_t i = 0; i < p.choices.size(); ++i) {
         const std::string text = std::string(part->name) + ":" + std::string(p.name) + "=" + std::string(p.choices[i]);

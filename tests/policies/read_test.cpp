@@ -26,7 +26,9 @@ std::set<int> chosen(Reader& reader, const FakeView& view, int lane = 0, int hea
 
 std::set<int> range(int begin, int end) {
   std::set<int> s;
-  for (int i = begin; i < end; ++i) { s.insert(i); }
+  for (int i = begin; i < end; ++i) {
+    s.insert(i);
+  }
   return s;
 }
 
@@ -98,7 +100,9 @@ TEST_CASE("quest passes over pages that were evicted, and follows keys that were
   auto quest = make("quest:page=8,min_pages=1", view);
   CHECK(chosen(*quest, view).count(3) == 1);
   std::vector<Pos> rest;
-  for (Pos p = 8; p <= 60; ++p) { rest.push_back(p); }
+  for (Pos p = 8; p <= 60; ++p) {
+    rest.push_back(p);
+  }
   view.set_slots(rest);
   view.append();
   Eigen::VectorXf k = Eigen::VectorXf::Zero(4);
@@ -119,15 +123,16 @@ TEST_CASE("topk reads the tokens of highest attention, for a KV head or for each
   const auto best = [&](const std::vector<float>& a) {
     std::vector<int> order(a.size());
     std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int i, int j) {
-      return a[static_cast<std::size_t>(i)] > a[static_cast<std::size_t>(j)];
-    });
+    std::sort(order.begin(), order.end(),
+              [&](int i, int j) { return a[static_cast<std::size_t>(i)] > a[static_cast<std::size_t>(j)]; });
     return std::set<int>(order.begin(), order.begin() + 10);
   };
   std::vector<float> a(61);
   view.attention(a);
   auto shared = make("topk", view);
-  for (int head = 0; head < 4; ++head) { CHECK(chosen(*shared, view, 0, head) == best(a)); }
+  for (int head = 0; head < 4; ++head) {
+    CHECK(chosen(*shared, view, 0, head) == best(a));
+  }
   auto own = make("topk:per=query_head", view);
   for (int head = 0; head < 4; ++head) {
     view.head_attention(0, head, a);
@@ -154,6 +159,8 @@ TEST_CASE("in a layer-wide set topk chooses for each lane by its own heads") {
     }
     Eigen::Index best = 0;
     sum.maxCoeff(&best);
-    for (int head = 0; head < 2; ++head) { CHECK(chosen(*topk, view, lane, head) == std::set<int>{static_cast<int>(best)}); }
+    for (int head = 0; head < 2; ++head) {
+      CHECK(chosen(*topk, view, lane, head) == std::set<int>{static_cast<int>(best)});
+    }
   }
 }

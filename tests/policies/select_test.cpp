@@ -65,8 +65,12 @@ class FakeFuture final : public Future {
         const Pos t = view.now + 1 + s;
         const Eigen::VectorXd w = all(lane, t, g);
         const int r = s * view.n_heads + g;
-        for (int i = 0; i < n; ++i) { h.weights(r, i) = static_cast<float>(w[view.pos[static_cast<std::size_t>(i)]]); }
-        for (int a = 0; a <= s; ++a) { h.weights(r, n + a) = static_cast<float>(w[view.now + 1 + a]); }
+        for (int i = 0; i < n; ++i) {
+          h.weights(r, i) = static_cast<float>(w[view.pos[static_cast<std::size_t>(i)]]);
+        }
+        for (int a = 0; a <= s; ++a) {
+          h.weights(r, n + a) = static_cast<float>(w[view.now + 1 + a]);
+        }
         h.full.row(r) = w.transpose() * data.v.topRows(t + 1).cast<double>() / w.sum();
       }
     }
@@ -96,10 +100,14 @@ double added_loss(const FakeView& view, const Future& future, int steps, const P
       };
       for (std::size_t i = 0; i < slots.size(); ++i) {
         const auto at = std::lower_bound(view.pos.begin(), view.pos.end(), slots[i]) - view.pos.begin();
-        if (static_cast<std::ptrdiff_t>(i) != without) { add(h.weights(r, at), view.lanes[static_cast<std::size_t>(lane)].v.row(slots[i])); }
+        if (static_cast<std::ptrdiff_t>(i) != without) {
+          add(h.weights(r, at), view.lanes[static_cast<std::size_t>(lane)].v.row(slots[i]));
+        }
       }
       const auto n_slots = static_cast<Eigen::Index>(view.pos.size());
-      for (Eigen::Index a = 0; a < h.steps; ++a) { add(h.weights(r, n_slots + a), h.arrivals.row(a)); }
+      for (Eigen::Index a = 0; a < h.steps; ++a) {
+        add(h.weights(r, n_slots + a), h.arrivals.row(a));
+      }
       return (n / z - h.full.row(r)).squaredNorm();
     };
     for (Eigen::Index r = 0; r < h.weights.rows(); ++r) {
@@ -113,22 +121,30 @@ double added_loss(const FakeView& view, const Future& future, int steps, const P
 
 TEST_CASE("no selector exceeds its budget, scores NaN, or evicts when all fits") {
   for (const PartInfo* part : all_parts()) {
-    if (part->role != Role::select || part->name == "given" || part->name == "full") { continue; }
+    if (part->role != Role::select || part->name == "given" || part->name == "full") {
+      continue;
+    }
     for (int budget : {1, 2, 7, 1000}) {
       for (int prompt : {1, 5, 30}) {
         FakeView view(prompt + 20, prompt, 8, 2, 2);
         view.budget = budget;
         const auto selector = make(std::string(part->name) + (part->name == "snapkv" ? ":decode=evict" : ""), view);
         const FakeFuture future(view);
-        if (auto* oracle = dynamic_cast<OracleSelector*>(selector.get())) { oracle->reveal(future); }
+        if (auto* oracle = dynamic_cast<OracleSelector*>(selector.get())) {
+          oracle->reveal(future);
+        }
         INFO(part->name << " at budget " << budget << ", prompt " << prompt);
         view.whole_prompt();
         selector->prefill(view);
         for (int t = 0; t < 20; ++t) {
-          for (float s : scores(*selector, view)) { CHECK_FALSE(std::isnan(s)); }
+          for (float s : scores(*selector, view)) {
+            CHECK_FALSE(std::isnan(s));
+          }
           const Positions gone = view.evict(*selector);
           CHECK(static_cast<int>(view.pos.size()) <= budget);
-          if (budget == 1000) { CHECK(gone.empty()); }
+          if (budget == 1000) {
+            CHECK(gone.empty());
+          }
           view.append();
           selector->observe(view);
         }
@@ -168,7 +184,9 @@ TEST_CASE("h2o keeps heavy hitters and its window; attention adds up over the de
   h2o->prefill(view);
   const float rows[] = {0.5F, 0.1F, 0.3F, 0.2F, 0.01F};
   for (int t = 1; t <= 4; ++t) {
-    for (Pos p = 1; p <= t; ++p) { view.script[p] = rows[p - 1]; }
+    for (Pos p = 1; p <= t; ++p) {
+      view.script[p] = rows[p - 1];
+    }
     CHECK(step(*h2o, view).empty());
   }
   view.script[5] = 0.01F;  // sums: 1: 2.5, 2: 0.4, 3: 0.9; 4 and 5 are the window
@@ -184,8 +202,12 @@ TEST_CASE("h2o cuts the prompt by the attention that all prompt queries paid, th
   h2o->prefill(view);
   const std::vector<float> s = scores(*h2o, view);
   const Eigen::RowVectorXd mass = view.column_mass(0, Needs::kAll).colwise().mean();
-  for (std::size_t i = 0; i < 37; ++i) { CHECK(s[i] == Approx(mass[static_cast<Eigen::Index>(i)])); }
-  for (std::size_t i = 37; i < 40; ++i) { CHECK(s[i] == kInf); }
+  for (std::size_t i = 0; i < 37; ++i) {
+    CHECK(s[i] == Approx(mass[static_cast<Eigen::Index>(i)]));
+  }
+  for (std::size_t i = 37; i < 40; ++i) {
+    CHECK(s[i] == kInf);
+  }
   CHECK(mass.sum() == Approx(40));
   auto by_age = make("h2o:window=0,mass=mean", view);
   by_age->prefill(view);
@@ -219,16 +241,20 @@ TEST_CASE("tova scores by the mean over all heads of the layer") {
   for (int lane = 0; lane < 3; ++lane) {
     for (int head = 0; head < 2; ++head) {
       view.head_attention(lane, head, one);
-      for (std::size_t i = 0; i < 20; ++i) { expected[i] += one[i] / 6; }
+      for (std::size_t i = 0; i < 20; ++i) {
+        expected[i] += one[i] / 6;
+      }
     }
   }
-  for (std::size_t i = 0; i < 20; ++i) { CHECK(s[i] == Approx(expected[i])); }
+  for (std::size_t i = 0; i < 20; ++i) {
+    CHECK(s[i] == Approx(expected[i]));
+  }
 }
 
 TEST_CASE("Moment-KV's golden vectors") {
   struct Case {
     const char* alpha;
-    Positions evicted;  // at t = 3, 4, 5
+    Positions evicted;                           // at t = 3, 4, 5
     std::vector<std::vector<float>> importance;  // before eviction at t = 2 to 5
   };
   const Case c = GENERATE(values<Case>({
@@ -254,9 +280,13 @@ TEST_CASE("Moment-KV's golden vectors") {
     if (t >= 2) {
       const std::vector<float> s = scores(*momentum, view);
       REQUIRE(s.size() == c.importance[t - 2].size());
-      for (std::size_t i = 0; i < s.size(); ++i) { CHECK(s[i] == Approx(c.importance[t - 2][i]).margin(1e-7)); }
+      for (std::size_t i = 0; i < s.size(); ++i) {
+        CHECK(s[i] == Approx(c.importance[t - 2][i]).margin(1e-7));
+      }
     }
-    for (Pos p : view.evict(*momentum)) { evicted.push_back(p); }
+    for (Pos p : view.evict(*momentum)) {
+      evicted.push_back(p);
+    }
   }
   CHECK(evicted == c.evicted);
 }
@@ -325,7 +355,9 @@ TEST_CASE("snapkv at decode scores resident keys by the last queries, as it did 
   decode.set_slots(all);
   decode.now = 39;
   const auto a = scores(*at_prompt, prompt), b = scores(*at_decode, decode);
-  for (std::size_t i = 0; i < 40; ++i) { CHECK(a[i] == Approx(b[i]).epsilon(1e-4)); }
+  for (std::size_t i = 0; i < 40; ++i) {
+    CHECK(a[i] == Approx(b[i]).epsilon(1e-4));
+  }
 }
 
 TEST_CASE("snapkv keeps the newest tokens of a window larger than the budget, and copes with a short prompt") {
@@ -363,7 +395,9 @@ TEST_CASE("keydiff: equal keys all score -1, an antipodal outlier scores highest
   view.budget = 4;
   view.lanes[0].k.rowwise() = Eigen::RowVector4f(1, 2, 0, -1);
   view.whole_prompt();
-  for (float s : scores(*make("keydiff", view), view)) { CHECK(s == Approx(-1)); }
+  for (float s : scores(*make("keydiff", view), view)) {
+    CHECK(s == Approx(-1));
+  }
   view.lanes[0].k.row(5) *= -2;
   const auto s = scores(*make("keydiff", view), view);
   CHECK(s[5] == Approx(1));
@@ -382,7 +416,9 @@ TEST_CASE("keydiff's anchor follows arrivals, evictions and rewritten keys") {
     if (t % 7 == 3) {
       rewritten.push_back(view.pos[4]);
       const Eigen::VectorXf k = test::random_matrix(8, 1, 100U + static_cast<unsigned>(t));
-      for (int lane = 0; lane < 2; ++lane) { view.rewrite(lane, 4, k, k, 0, 0); }
+      for (int lane = 0; lane < 2; ++lane) {
+        view.rewrite(lane, 4, k, k, 0, 0);
+      }
     }
     view.rewritten = rewritten;
     view.append();
@@ -392,12 +428,16 @@ TEST_CASE("keydiff's anchor follows arrivals, evictions and rewritten keys") {
     for (int lane = 0; lane < 2; ++lane) {
       Eigen::VectorXd anchor = Eigen::VectorXd::Zero(8);
       const int n = static_cast<int>(view.pos.size());
-      for (int i = 0; i < n; ++i) { anchor += view.key(lane, i).cast<double>().normalized(); }
+      for (int i = 0; i < n; ++i) {
+        anchor += view.key(lane, i).cast<double>().normalized();
+      }
       for (int i = 0; i < n; ++i) {
         expected[static_cast<std::size_t>(i)] -= view.key(lane, i).cast<double>().normalized().dot(anchor.normalized());
       }
     }
-    for (std::size_t i = 0; i < s.size(); ++i) { CHECK(s[i] == Approx(expected[i]).margin(1e-5)); }
+    for (std::size_t i = 0; i < s.size(); ++i) {
+      CHECK(s[i] == Approx(expected[i]).margin(1e-5));
+    }
     view.evict(*keydiff);
   }
 }
@@ -514,7 +554,9 @@ TEST_CASE("oracle_greedy cuts the prompt one token at a time") {
   Positions left = kept(view), order;
   while (left.size() > 5) {
     std::vector<double> loss;
-    for (std::size_t j = 0; j < left.size(); ++j) { loss.push_back(added_loss(view, future, 10, left, j)); }
+    for (std::size_t j = 0; j < left.size(); ++j) {
+      loss.push_back(added_loss(view, future, 10, left, j));
+    }
     const auto j = std::min_element(loss.begin(), loss.end()) - loss.begin();
     order.push_back(left[static_cast<std::size_t>(j)]);
     left.erase(left.begin() + j);

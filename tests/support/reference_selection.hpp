@@ -19,7 +19,7 @@ struct SetState {
   Reduce group = Reduce::mean;
   Pos now = 0;
   int budget = 0;
-  int asked = 0;  // before any allocator: what percentages refer to, and a cut before the allocator spoke
+  int asked = 0;              // before any allocator: what percentages refer to, and a cut before the allocator spoke
   std::vector<Pos> slots;     // what may leave, ascending; the current token is the last one
   std::vector<Pos> resident;  // what is attended: the slots, and the prompt where it is pinned
   bool at_prefill() const { return now < layer->options.prompt_len; }

@@ -34,8 +34,7 @@ class TemporaryFolder {
 
 // Multiples of 1/8 below 8: exact in every element type.
 inline float value_at(int layer, char what, int head, Pos pos, int channel) {
-  const unsigned mixed =
-      static_cast<unsigned>(layer * 131 + what * 17 + head * 31 + pos * 7 + channel * 3);
+  const unsigned mixed = static_cast<unsigned>(layer * 131 + what * 17 + head * 31 + pos * 7 + channel * 3);
   return static_cast<float>(mixed % 127U) / 8.0F - 8.0F;
 }
 
@@ -66,8 +65,7 @@ inline TraceInfo small_meta(const Shape& shape = {}, ElementType element = Eleme
 }
 
 // (heads, n, width) of the tokens in `index`
-inline std::vector<float> rows(int layer, char what, int n_heads, const std::vector<Pos>& index,
-                               int width) {
+inline std::vector<float> rows(int layer, char what, int n_heads, const std::vector<Pos>& index, int width) {
   std::vector<float> out;
   for (int head = 0; head < n_heads; ++head) {
     for (const Pos pos : index) {
@@ -90,8 +88,8 @@ inline std::vector<Pos> stored_in(const std::vector<Pos>& queries, Pos begin, Po
 }
 
 // Appends tokens [begin, end) to all layers.
-inline void append_small(TraceWriter& writer, const TraceInfo& meta,
-                         const std::vector<Pos>& queries, Pos begin, Pos end, bool text = false) {
+inline void append_small(TraceWriter& writer, const TraceInfo& meta, const std::vector<Pos>& queries, Pos begin,
+                         Pos end, bool text = false) {
   std::vector<std::int32_t> ids;
   std::vector<float> logprob;
   std::vector<std::string> pieces;
@@ -141,13 +139,11 @@ inline void write_small(const std::filesystem::path& path, SmallOptions o = {}) 
   append_small(writer, meta, o.queries, middle, o.shape.n_tokens, o.extras);
   if (o.extras) {
     for (const int layer : meta.layers) {
-      writer.write_w_o(
-          layer,
-          std::vector<float>(static_cast<std::size_t>(5 * meta.n_heads * meta.v_head_dim), 0.5F));
+      writer.write_w_o(layer, std::vector<float>(static_cast<std::size_t>(5 * meta.n_heads * meta.v_head_dim), 0.5F));
       for (int kv_head = 0; kv_head < meta.n_kv_heads; ++kv_head) {
-        writer.write_scores(layer, "magic", kv_head,
-                            std::vector<float>(static_cast<std::size_t>(o.shape.n_tokens),
-                                               2.0F + static_cast<float>(kv_head)));
+        writer.write_scores(
+            layer, "magic", kv_head,
+            std::vector<float>(static_cast<std::size_t>(o.shape.n_tokens), 2.0F + static_cast<float>(kv_head)));
       }
     }
   }
@@ -160,8 +156,7 @@ inline std::vector<char> file_bytes(const std::filesystem::path& path) {
 }
 
 inline void write_bytes(const std::filesystem::path& path, const std::vector<char>& bytes) {
-  std::ofstream(path, std::ios::binary)
-      .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
 }
 
 // The message of the E that `work` throws; empty if it throws none.

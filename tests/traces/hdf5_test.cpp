@@ -31,8 +31,7 @@ TEST_CASE("columns, arrays and attributes come back as they were written") {
     group.set("list", std::span<const std::int32_t>(ints));
     group.set("n", 8);
     group.set("name", "a longer name");
-    const Dataset blocks =
-        group.create("blocks", Type::f64, {2, 5, 3}, {.chunk = {1, 2, 3}, .deflate = 4});
+    const Dataset blocks = group.create("blocks", Type::f64, {2, 5, 3}, {.chunk = {1, 2, 3}, .deflate = 4});
     const std::vector<double> row = {1, 2, 3, 4, 5, 6};
     blocks.write_block({1, 2, 0}, {1, 2, 3}, bytes_of(row));
     CHECK_FALSE(std::filesystem::exists(path));
@@ -43,8 +42,7 @@ TEST_CASE("columns, arrays and attributes come back as they were written") {
 
   const File file = File::open(path);
   const Group group = file.root().group("cells");
-  CHECK(group.children() ==
-        std::vector<std::string>{"blocks", "int", "long", "none", "real", "text"});
+  CHECK(group.children() == std::vector<std::string>{"blocks", "int", "long", "none", "real", "text"});
   CHECK(group.dataset("text").read_texts() == texts);
   CHECK(group.dataset("int").read_integers() == std::vector<std::int64_t>{1, -2, 3});
   CHECK(group.dataset("long").read_integers() == longs);
@@ -76,8 +74,7 @@ TEST_CASE("failures are one typed sentence with file and object") {
   const Group& root = file.root();
   CHECK_THROWS_WITH(root.dataset("reel"), "a.h5: /reel is missing (a dataset is expected)");
   CHECK_THROWS_WITH(root.group("real"), "a.h5: /real must be a group");
-  CHECK_THROWS_WITH(root.dataset("real").read_integers(),
-                    "a.h5: /real must hold integers, but holds float64");
+  CHECK_THROWS_WITH(root.dataset("real").read_integers(), "a.h5: /real must hold integers, but holds float64");
   CHECK_THROWS_WITH(root.text("nome"), "a.h5: / lacks the attribute 'nome'");
   CHECK_THROWS_WITH(root.integer("name"), "a.h5: /@name must be of an integer type");
   CHECK_THROWS_WITH(root.integer("list"), "a.h5: /@list must be one integer, but holds 2");
@@ -85,10 +82,8 @@ TEST_CASE("failures are one typed sentence with file and object") {
   CHECK_THROWS_AS(File::open(folder / "no.h5"), StorageError);
   CHECK_THROWS_AS(File::create(folder / "no/a.h5"), StorageError);
   std::vector<double> block(2);
-  CHECK_THROWS_AS(root.dataset("real").read_block({1}, {2}, writable_bytes_of(block)),
-                  StorageError);
-  CHECK_THROWS_AS(root.dataset("real").read_block({0}, {1}, writable_bytes_of(block)),
-                  StorageError);
+  CHECK_THROWS_AS(root.dataset("real").read_block({1}, {2}, writable_bytes_of(block)), StorageError);
+  CHECK_THROWS_AS(root.dataset("real").read_block({0}, {1}, writable_bytes_of(block)), StorageError);
 }
 
 TEST_CASE("reading takes no lock: a file that is open for writing can be read") {

@@ -27,8 +27,8 @@ struct RawTrace {
   std::vector<std::uint8_t> phase = {0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1};
   std::uint64_t n_valid = 12;
 
-  void dataset(const Group& group, const std::string& path, const char* name, Type type,
-               hdf5::Shape shape, std::span<const std::byte> data) const {
+  void dataset(const Group& group, const std::string& path, const char* name, Type type, hdf5::Shape shape,
+               std::span<const std::byte> data) const {
     if (without == path) {
       return;
     }
@@ -65,8 +65,7 @@ struct RawTrace {
     attribute(model, "model@v_head_dim", 4);
     attribute(model, "model@attention_scale", 0.5);
     attribute(model, "model@logit_softcap", 0.0);
-    const std::vector<std::int32_t> windows = {0, 0},
-                                    numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
+    const std::vector<std::int32_t> windows = {0, 0}, numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
     attribute(model, "model@sliding_window", std::span<const std::int32_t>(windows));
     if (without != "tokens") {
       const Group tokens = root.create_group("tokens");
@@ -124,18 +123,16 @@ TEST_CASE("the minimal trace is a trace, also without q") {
 
 TEST_CASE("whatever is missing is named") {
   for (const char* item :
-       {"@format", "@format_version", "model@name", "model@n_layers", "model@n_heads",
-        "model@n_kv_heads", "model@head_dim", "model@v_head_dim", "model@attention_scale",
-        "model@logit_softcap", "model@sliding_window", "tokens", "tokens/id", "tokens/position",
-        "tokens/phase", "n_valid", "layers/000/k", "layers/000/v"}) {
+       {"@format", "@format_version", "model@name", "model@n_layers", "model@n_heads", "model@n_kv_heads",
+        "model@head_dim", "model@v_head_dim", "model@attention_scale", "model@logit_softcap", "model@sliding_window",
+        "tokens", "tokens/id", "tokens/position", "tokens/phase", "n_valid", "layers/000/k", "layers/000/v"}) {
     RawTrace raw;
     raw.without = item;
     const std::string text = item, name = text.substr(text.find_last_of("@/") + 1);
     INFO(item);
     CHECK_THAT(refusal(raw), Catch::Contains(name));
     CHECK_THAT(refusal(raw),
-               Catch::Contains(text.find('@') != std::string::npos ? "lacks the attribute"
-                                                                   : "is missing"));
+               Catch::Contains(text.find('@') != std::string::npos ? "lacks the attribute" : "is missing"));
   }
   RawTrace raw;
   raw.without = "layers/000";
@@ -151,22 +148,16 @@ TEST_CASE("wrong attributes are refused with what was expected and found") {
   CHECK_THAT(on_model("n_heads", 0), Catch::Contains("found 0"));
   CHECK_THAT(on_model("n_layers", std::int64_t{1} << 40), Catch::Contains("found 1099511627776"));
   CHECK_THAT(on_model("head_dim", -8), Catch::Contains("found -8"));
-  CHECK_THAT(on_model("attention_scale", 0.0),
-             Catch::Contains("expected a positive number, found 0"));
-  CHECK_THAT(on_model("attention_scale", double{NAN}),
-             Catch::Contains("expected a finite number, found nan"));
+  CHECK_THAT(on_model("attention_scale", 0.0), Catch::Contains("expected a positive number, found 0"));
+  CHECK_THAT(on_model("attention_scale", double{NAN}), Catch::Contains("expected a finite number, found nan"));
   CHECK_THAT(on_model("logit_softcap", -1.0), Catch::Contains("found -1"));
-  CHECK_THAT(on_model("n_layers", 3),
-             Catch::Contains("expected 3 values, one per model layer, found 2"));
+  CHECK_THAT(on_model("n_layers", 3), Catch::Contains("expected 3 values, one per model layer, found 2"));
   CHECK_THAT(on_model("attn_scale", 1.0),
              Catch::Contains("the attribute 'attn_scale', which format 1.0 does not know"));
   CHECK(on_model("x_mine", 1.0) == "");
-  CHECK_THAT(refusal([](const Group& root) { root.set("format_version", "2.0"); }),
-             Catch::Contains("found '2.0'"));
-  CHECK_THAT(refusal([](const Group& root) { root.set("format_version", "new"); }),
-             Catch::Contains("found 'new'"));
-  CHECK_THAT(refusal([](const Group& root) { root.set("format", "other"); }),
-             Catch::Contains("found 'other'"));
+  CHECK_THAT(refusal([](const Group& root) { root.set("format_version", "2.0"); }), Catch::Contains("found '2.0'"));
+  CHECK_THAT(refusal([](const Group& root) { root.set("format_version", "new"); }), Catch::Contains("found 'new'"));
+  CHECK_THAT(refusal([](const Group& root) { root.set("format", "other"); }), Catch::Contains("found 'other'"));
   // A later minor version may hold more.
   CHECK(refusal([](const Group& root) {
           root.set("format_version", "1.7");
@@ -181,11 +172,9 @@ TEST_CASE("wrong attributes are refused with what was expected and found") {
     });
   };
   CHECK(with_rope("half", 4, {1, 0.1}) == "");
-  CHECK_THAT(with_rope("whole", 4, {1, 0.1}),
-             Catch::Contains("expected half or interleaved, found 'whole'"));
+  CHECK_THAT(with_rope("whole", 4, {1, 0.1}), Catch::Contains("expected half or interleaved, found 'whole'"));
   CHECK_THAT(with_rope("half", 3, {1}), Catch::Contains("expected an even number, found 3"));
-  CHECK_THAT(with_rope("half", 4, {1}),
-             Catch::Contains("expected 2 values (rotary_dim / 2), found 1"));
+  CHECK_THAT(with_rope("half", 4, {1}), Catch::Contains("expected 2 values (rotary_dim / 2), found 1"));
   CHECK_THAT(with_rope("half", 4, {1, INFINITY}), Catch::Contains("found inf"));
 }
 
@@ -200,8 +189,7 @@ TEST_CASE("wrong datasets are refused with what was expected and found") {
     raw.types[path] = type;
     return refusal(raw);
   };
-  CHECK_THAT(with_shape("layers/000/k", {2, 11, 4}),
-             Catch::Contains("expected shape (2, 12, 4), found (2, 11, 4)"));
+  CHECK_THAT(with_shape("layers/000/k", {2, 11, 4}), Catch::Contains("expected shape (2, 12, 4), found (2, 11, 4)"));
   CHECK_THAT(with_shape("layers/000/q", {4, 5, 4}), Catch::Contains("expected shape (4, 12, 4)"));
   CHECK_THAT(with_shape("layers/000/v", {2, 12}), Catch::Contains("found (2, 12)"));
   CHECK_THAT(with_shape("tokens/id", {0}), Catch::Contains("at least one token"));
@@ -212,8 +200,7 @@ TEST_CASE("wrong datasets are refused with what was expected and found") {
   CHECK_THAT(with_type("layers/000/v", Type::f64), Catch::Contains("found float64"));
   CHECK_THAT(with_type("layers/000/v", Type::f16),
              Catch::Contains("expected f32 like the rest of q, k and v, found f16"));
-  CHECK_THAT(with_type("tokens/id", Type::f32),
-             Catch::Contains("must hold integers, but holds float32"));
+  CHECK_THAT(with_type("tokens/id", Type::f32), Catch::Contains("must hold integers, but holds float32"));
 
   RawTrace raw;
   raw.n_valid = 13;
@@ -245,10 +232,8 @@ TEST_CASE("wrong datasets are refused with what was expected and found") {
   };
   CHECK_THAT(on_layer("q_indx", {1}), Catch::Contains("the member 'q_indx'"));
   CHECK_THAT(on_layer("out_index", {1}), Catch::Contains("both out and out_index"));
-  CHECK_THAT(on_layer("q_index", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10}),
-             Catch::Contains("10 after 10"));
-  CHECK_THAT(on_layer("q_index", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12}),
-             Catch::Contains("12 after 10"));
+  CHECK_THAT(on_layer("q_index", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10}), Catch::Contains("10 after 10"));
+  CHECK_THAT(on_layer("q_index", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12}), Catch::Contains("12 after 10"));
   CHECK_THAT(on_layer("q_index", {-1, 1}), Catch::Contains("found -1"));
   CHECK(on_layer("q_index", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}) == "");
   CHECK_THAT(refusal([](const Group& root) {
@@ -271,9 +256,8 @@ TEST_CASE("a value that is not finite is named with dataset, head, token and cha
     const TraceReader trace(folder / "t.h5");
     std::vector<float> k(12 * 4);
     trace.read_k(0, 0, 0, 12, k);
-    CHECK_THROWS_WITH(trace.read_k(0, 1, 0, 12, k),
-                      Catch::Contains("t.h5: /layers/000/k: expected finite values") &&
-                          Catch::Contains("head 1, token 7, channel 2"));
+    CHECK_THROWS_WITH(trace.read_k(0, 1, 0, 12, k), Catch::Contains("t.h5: /layers/000/k: expected finite values") &&
+                                                        Catch::Contains("head 1, token 7, channel 2"));
     CHECK_THROWS_AS(verify(trace), TraceError);
   }
 }
@@ -286,8 +270,7 @@ TEST_CASE("a truncated file is refused, wherever it ends") {
     REQUIRE(right != "");
     const std::vector<char> bytes = file_bytes(folder / "a.h5");
     for (std::size_t n = 0; n < bytes.size(); n += 1 + bytes.size() / 97) {
-      write_bytes(folder / "cut.h5",
-                  {bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(n)});
+      write_bytes(folder / "cut.h5", {bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(n)});
       CHECK(content_or_refusal(folder / "cut.h5") == "");
     }
   }
@@ -304,8 +287,7 @@ TEST_CASE("a flipped bit is refused or changes nothing") {
     std::size_t refused = 0;
     for (int i = 0; i < 500; ++i) {
       std::vector<char> flipped = bytes;
-      const std::size_t at =
-          random() % (i % 2 == 0 ? bytes.size() : std::min<std::size_t>(bytes.size(), 4096));
+      const std::size_t at = random() % (i % 2 == 0 ? bytes.size() : std::min<std::size_t>(bytes.size(), 4096));
       flipped[at] = static_cast<char>(flipped[at] ^ (1 << random() % 8));
       write_bytes(folder / "flipped.h5", flipped);
       const std::string content = content_or_refusal(folder / "flipped.h5");
@@ -325,8 +307,7 @@ TEST_CASE("arrays that share bytes, and filters that are not ours, are refused")
     return path;
   }());
   const auto contiguous = [&](std::uint64_t offset, std::uint64_t bytes) {
-    return StoredArray(file, "t.h5: /a", ElementType::f32, {1, 4, 4},
-                       {{}, false, false, {{offset, bytes}}}, 4);
+    return StoredArray(file, "t.h5: /a", ElementType::f32, {1, 4, 4}, {{}, false, false, {{offset, bytes}}}, 4);
   };
   const StoredArray a = contiguous(100, 64), b = contiguous(163, 64), c = contiguous(164, 64);
   const StoredArray* const apart[] = {&a, &c};
@@ -339,12 +320,10 @@ TEST_CASE("arrays that share bytes, and filters that are not ours, are refused")
   CHECK_THROWS_WITH(contiguous(0, 60), Catch::Contains("expected 64 bytes, found 60"));
 
   const auto chunked = [&](std::uint64_t bytes, hdf5::Shape chunk) {
-    return StoredArray(file, "t.h5: /a", ElementType::f32, {1, 4, 4},
-                       {std::move(chunk), true, true, {{0, bytes}}}, 4);
+    return StoredArray(file, "t.h5: /a", ElementType::f32, {1, 4, 4}, {std::move(chunk), true, true, {{0, bytes}}}, 4);
   };
   std::vector<float> out(16);
-  CHECK_THROWS_WITH(chunked(40, {1, 4, 4}).read(0, 0, 4, out),
-                    Catch::Contains("does not inflate to its 64 bytes"));
+  CHECK_THROWS_WITH(chunked(40, {1, 4, 4}).read(0, 0, 4, out), Catch::Contains("does not inflate to its 64 bytes"));
   CHECK_THROWS_WITH(chunked(0, {1, 4, 4}).read(0, 0, 4, out), Catch::Contains("was never written"));
   CHECK_THROWS_WITH(chunked(40, {1, 1 << 20, 1 << 20}), Catch::Contains("chunks of"));
   CHECK_THROWS_WITH(chunked(4, {1, 1 << 13, 4}), Catch::Contains("cannot hold"));

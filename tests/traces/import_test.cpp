@@ -24,14 +24,12 @@ Bytes npy(const std::string& descr, const std::string& shape, const Bytes& data)
   Bytes header = "{'descr': '" + descr + "', 'fortran_order': False, 'shape': " + shape + ", }";
   header.resize((10 + header.size() + 64) / 64 * 64 - 10, ' ');
   header.back() = '\n';
-  return Bytes("\x93NUMPY\x01\x00", 8) + little(static_cast<std::uint16_t>(header.size())) +
-         header + data;
+  return Bytes("\x93NUMPY\x01\x00", 8) + little(static_cast<std::uint16_t>(header.size())) + header + data;
 }
 
 template <typename T>
 Bytes npy_of(const std::string& descr, const std::string& shape, const std::vector<T>& values) {
-  return npy(descr, shape,
-             Bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)));
+  return npy(descr, shape, Bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)));
 }
 
 Bytes deflated(const Bytes& data) {
@@ -57,20 +55,19 @@ Bytes zip(const std::map<std::string, Bytes>& arrays, bool compress) {
         crc32(0, reinterpret_cast<const Bytef*>(data.data()), static_cast<uInt>(data.size())));
     const std::uint16_t method = compress ? 8 : 0;
     const Bytes common = little(std::uint16_t{20}) + little(std::uint16_t{0}) + little(method) +
-                         little(std::uint32_t{0}) + little(crc) +
-                         little(static_cast<std::uint32_t>(stored.size())) +
+                         little(std::uint32_t{0}) + little(crc) + little(static_cast<std::uint32_t>(stored.size())) +
                          little(static_cast<std::uint32_t>(data.size())) +
                          little(static_cast<std::uint16_t>(file.size())) + little(std::uint16_t{0});
     directory += "PK\x01\x02" + little(std::uint16_t{20}) + common + little(std::uint16_t{0}) +
-                 little(std::uint32_t{0}) + little(std::uint32_t{0}) +
-                 little(static_cast<std::uint32_t>(out.size())) + file;
+                 little(std::uint32_t{0}) + little(std::uint32_t{0}) + little(static_cast<std::uint32_t>(out.size())) +
+                 file;
     directory.resize(directory.size());
     out += "PK\x03\x04" + common + file + stored;
   }
   const auto n = static_cast<std::uint16_t>(arrays.size());
   return out + directory + "PK\x05\x06" + little(std::uint32_t{0}) + little(n) + little(n) +
-         little(static_cast<std::uint32_t>(directory.size())) +
-         little(static_cast<std::uint32_t>(out.size())) + little(std::uint16_t{0});
+         little(static_cast<std::uint32_t>(directory.size())) + little(static_cast<std::uint32_t>(out.size())) +
+         little(std::uint16_t{0});
 }
 
 constexpr Pos kTokens = 20;
@@ -212,17 +209,12 @@ TEST_CASE("hostile and mistaken npz files are one sentence") {
   CHECK_THAT(import_refusal("not a zip"), Catch::Contains("expected an .npz file"));
   CHECK_THAT(import_refusal(""), Catch::Contains("expected an .npz file"));
   CHECK_THAT(refusal_with("k0", "garbage"), Catch::Contains("is not an .npy array"));
-  CHECK_THAT(refusal_with("k0", npy_of("<f4", "(2, 20, 9)", k)),
-             Catch::Contains("needs 1440 bytes, found 1280"));
-  CHECK_THAT(refusal_with("k0", npy_of("<f4", "(2, 18446744073709551615, 8)", k)),
-             Catch::Contains("absurd"));
-  CHECK_THAT(refusal_with("k11", npy_of("<f4", "(20, 2, 8)", k)),
-             Catch::Contains("expected shape (2, 20, 8)"));
-  CHECK_THAT(refusal_with("k0", npy_of("<f4", "(320,)", k)),
-             Catch::Contains("expected three dimensions"));
+  CHECK_THAT(refusal_with("k0", npy_of("<f4", "(2, 20, 9)", k)), Catch::Contains("needs 1440 bytes, found 1280"));
+  CHECK_THAT(refusal_with("k0", npy_of("<f4", "(2, 18446744073709551615, 8)", k)), Catch::Contains("absurd"));
+  CHECK_THAT(refusal_with("k11", npy_of("<f4", "(20, 2, 8)", k)), Catch::Contains("expected shape (2, 20, 8)"));
+  CHECK_THAT(refusal_with("k0", npy_of("<f4", "(320,)", k)), Catch::Contains("expected three dimensions"));
   CHECK_THAT(refusal_with("k0", npy_of(">f4", "(2, 20, 8)", k)), Catch::Contains("'>f4'"));
-  CHECK_THAT(refusal_with("k0", npy_of("|O8", "(2, 20, 4)", k)),
-             Catch::Contains("little-endian floats or integers"));
+  CHECK_THAT(refusal_with("k0", npy_of("|O8", "(2, 20, 4)", k)), Catch::Contains("little-endian floats or integers"));
   CHECK_THAT(refusal_with("k0", npy_of("<i4", "(2, 20, 8)", k)), Catch::Contains("NumPy type i4"));
   CHECK_THAT(refusal_with("k11", npy_of("<f4", "(2, 20, 4)", std::vector<float>(160))),
              Catch::Contains("expected shape (2, 20, 8)"));
@@ -232,8 +224,7 @@ TEST_CASE("hostile and mistaken npz files are one sentence") {
              Catch::Contains("add an array q_index"));
   CHECK_THAT(refusal_with("q0", npy_of("<f4", "(3, 20, 8)", std::vector<float>(480))),
              Catch::Contains("not a multiple of the 2 KV heads"));
-  CHECK_THAT(refusal_with("keys0", npy_of("<f4", "(2, 20, 8)", k)),
-             Catch::Contains("the array 'keys0' is unknown"));
+  CHECK_THAT(refusal_with("keys0", npy_of("<f4", "(2, 20, 8)", k)), Catch::Contains("the array 'keys0' is unknown"));
   CHECK_THAT(refusal_with("k5", npy_of("<f4", "(2, 20, 8)", k)), Catch::Contains("is missing"));
   std::vector<float> bad = k;
   bad[(1 * 20 + 3) * 8 + 4] = NAN;
@@ -251,19 +242,14 @@ TEST_CASE("hostile and mistaken npz files are one sentence") {
     change(options);
     return import_refusal(zip(good_arrays(), false), options);
   };
-  CHECK_THAT(with([](ImportOptions& o) { o.prompt_len = 21; }),
-             Catch::Contains("usage: prompt_len 21"));
-  CHECK_THAT(with([](ImportOptions& o) { o.prompt_len = 0; }),
-             Catch::Contains("usage: prompt_len 0"));
+  CHECK_THAT(with([](ImportOptions& o) { o.prompt_len = 21; }), Catch::Contains("usage: prompt_len 21"));
+  CHECK_THAT(with([](ImportOptions& o) { o.prompt_len = 0; }), Catch::Contains("usage: prompt_len 0"));
   CHECK_THAT(with([](ImportOptions& o) { o.n_tokens = 21; }), Catch::Contains("usage: tokens 21"));
-  CHECK_THAT(with([](ImportOptions& o) { o.layers = {3}; }),
-             Catch::Contains("usage: layer 3 is not in"));
+  CHECK_THAT(with([](ImportOptions& o) { o.layers = {3}; }), Catch::Contains("usage: layer 3 is not in"));
   CHECK_THAT(with([](ImportOptions& o) { o.n_layers = 5; }),
              Catch::Contains("usage: layers must be ascending and below n_layers = 5"));
-  CHECK_THAT(with([](ImportOptions& o) { o.rope_style = "x"; }),
-             Catch::Contains("usage: rope style 'x'"));
-  CHECK_THAT(with([](ImportOptions& o) { o.attention_scale = 0; }),
-             Catch::Contains("usage: attention_scale 0"));
+  CHECK_THAT(with([](ImportOptions& o) { o.rope_style = "x"; }), Catch::Contains("usage: rope style 'x'"));
+  CHECK_THAT(with([](ImportOptions& o) { o.attention_scale = 0; }), Catch::Contains("usage: attention_scale 0"));
 }
 
 TEST_CASE("an npz with flipped bits or a missing end is refused or read as it was") {
@@ -279,8 +265,8 @@ TEST_CASE("an npz with flipped bits or a missing end is refused or read as it wa
         for (const std::string& name : npz.names()) {
           const NpyArray array = npz.load(name);
           all += name + std::to_string(array.shape.size()) +
-                 std::to_string(crc32(0, reinterpret_cast<const Bytef*>(array.data.data()),
-                                      static_cast<uInt>(array.data.size())));
+                 std::to_string(
+                     crc32(0, reinterpret_cast<const Bytef*>(array.data.data()), static_cast<uInt>(array.data.size())));
         }
         return all;
       } catch (const TraceError&) {

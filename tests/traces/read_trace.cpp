@@ -15,8 +15,7 @@ int main(int argc, char** argv) {
     const kvreplay::VerifyReport report = kvreplay::verify(trace);
     std::vector<float> row(static_cast<std::size_t>(trace.info().head_dim));
     const int layer = trace.info().layers.back();
-    trace.read_k(layer, trace.info().n_kv_heads - 1, trace.info().n_tokens - 1,
-                 trace.info().n_tokens, row);
+    trace.read_k(layer, trace.info().n_kv_heads - 1, trace.info().n_tokens - 1, trace.info().n_tokens, row);
     std::printf("{\"info\": %s, \"hash\": \"%s\", \"failures\": %zu, \"last_key\": [",
                 kvreplay::info_json(trace).c_str(), report.hash.c_str(), report.failures.size());
     for (std::size_t i = 0; i < row.size(); ++i) {

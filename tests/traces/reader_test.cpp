@@ -9,8 +9,7 @@
 namespace kvreplay::test {
 namespace {
 
-void expect_rows(const std::vector<float>& found, int layer, char what, int head, Pos begin,
-                 Pos end, int width) {
+void expect_rows(const std::vector<float>& found, int layer, char what, int head, Pos begin, Pos end, int width) {
   std::size_t i = 0, wrong = 0;
   for (Pos pos = begin; pos < end; ++pos) {
     for (int channel = 0; channel < width; ++channel) {
@@ -21,9 +20,7 @@ void expect_rows(const std::vector<float>& found, int layer, char what, int head
   CHECK(wrong == 0);
 }
 
-std::size_t n_values(Pos n, int width) {
-  return static_cast<std::size_t>(n) * static_cast<std::size_t>(width);
-}
+std::size_t n_values(Pos n, int width) { return static_cast<std::size_t>(n) * static_cast<std::size_t>(width); }
 
 }  // namespace
 
@@ -36,11 +33,7 @@ TEST_CASE("what was written is read, for every element type, profile and stored 
            {queries_all(shape.n_tokens), queries_decode(shape.prompt_len, shape.n_tokens),
             queries_window(5, shape.prompt_len, shape.n_tokens)}) {
         const auto path = folder / "t.h5";
-        write_small(path, {.shape = shape,
-                           .element = element,
-                           .profile = profile,
-                           .queries = queries,
-                           .extras = true});
+        write_small(path, {.shape = shape, .element = element, .profile = profile, .queries = queries, .extras = true});
         const TraceReader trace(path);
         const TraceInfo& info = trace.info();
         REQUIRE(info.element == element);
@@ -81,10 +74,8 @@ TEST_CASE("asking for what is not there says what is") {
   write_small(path, {.queries = queries_decode(15, 40)});
   const TraceReader trace(path);
   std::vector<float> out(8);
-  CHECK_THROWS_WITH(trace.read_k(2, 0, 0, 1, out),
-                    Catch::Contains("layer 2 is not in this trace; it has 1, 3"));
-  CHECK_THROWS_WITH(trace.read_q(1, 0, 14, 15, out),
-                    Catch::Contains("only 25 are stored (tokens 15 to 39)"));
+  CHECK_THROWS_WITH(trace.read_k(2, 0, 0, 1, out), Catch::Contains("layer 2 is not in this trace; it has 1, 3"));
+  CHECK_THROWS_WITH(trace.read_q(1, 0, 14, 15, out), Catch::Contains("only 25 are stored (tokens 15 to 39)"));
   CHECK_THROWS_AS(trace.read_k(1, 2, 0, 1, out), TraceError);
   CHECK_THROWS_AS(trace.read_k(1, -1, 0, 1, out), TraceError);
   CHECK_THROWS_AS(trace.read_k(1, 0, -1, 0, out), TraceError);
@@ -94,8 +85,7 @@ TEST_CASE("asking for what is not there says what is") {
   CHECK_THROWS_AS(trace.read_w_o(1), TraceError);
   CHECK_FALSE(trace.has_w_o(1));
   CHECK_FALSE(trace.has_out(1));
-  CHECK_THROWS_WITH(trace.read_scores(1, "x", 0),
-                    Catch::Contains("no scores named 'x'; it has none"));
+  CHECK_THROWS_WITH(trace.read_scores(1, "x", 0), Catch::Contains("no scores named 'x'; it has none"));
   CHECK_THROWS_WITH(TraceReader(folder / "none.h5"), Catch::Contains("does not exist"));
 }
 
@@ -112,8 +102,7 @@ TEST_CASE("many threads may read one trace at once") {
       for (int i = 0; i < 400; ++i) {
         const Pos pos = static_cast<Pos>((i * 17 + id) % 40);
         trace.read_k(id % 2 == 0 ? 1 : 3, i % 2, pos, pos + 1, k);
-        wrong[static_cast<std::size_t>(id)] +=
-            k[3] == value_at(id % 2 == 0 ? 1 : 3, 'k', i % 2, pos, 3) ? 0 : 1;
+        wrong[static_cast<std::size_t>(id)] += k[3] == value_at(id % 2 == 0 ? 1 : 3, 'k', i % 2, pos, 3) ? 0 : 1;
       }
     });
   }
@@ -127,8 +116,7 @@ TEST_CASE("a prompt of one token, and a trace of one token, are traces") {
   const TemporaryFolder folder;
   write_small(folder / "a.h5", {.shape = {.prompt_len = 1}});
   CHECK(TraceReader(folder / "a.h5").info().prompt_len == 1);
-  write_small(folder / "b.h5",
-              {.shape = {.n_heads = 1, .n_kv_heads = 1, .n_tokens = 10, .prompt_len = 10}});
+  write_small(folder / "b.h5", {.shape = {.n_heads = 1, .n_kv_heads = 1, .n_tokens = 10, .prompt_len = 10}});
   CHECK(TraceReader(folder / "b.h5").info().prompt_len == 10);
 }
 

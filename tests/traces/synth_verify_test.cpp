@@ -47,8 +47,8 @@ std::vector<double> attention(const TraceReader& trace, int layer, int head, Pos
 }
 
 // A trace whose stored outputs are right for `scale`, while it declares `declared`.
-void write_with_outputs(const std::filesystem::path& path, ElementType element, double scale,
-                        double declared, int window, double softcap) {
+void write_with_outputs(const std::filesystem::path& path, ElementType element, double scale, double declared,
+                        int window, double softcap) {
   TraceInfo meta = small_meta({}, element);
   meta.attention_scale = declared;
   meta.sliding_window = {0, window, 0, window};
@@ -75,8 +75,7 @@ void write_with_outputs(const std::filesystem::path& path, ElementType element, 
           const double weight = std::exp(softcap > 0 ? softcap * std::tanh(dot / softcap) : dot);
           total += weight;
           for (int i = 0; i < 6; ++i) {
-            sum[static_cast<std::size_t>(i)] +=
-                weight * static_cast<double>(value_at(layer, 'v', head / 2, token, i));
+            sum[static_cast<std::size_t>(i)] += weight * static_cast<double>(value_at(layer, 'v', head / 2, token, i));
           }
         }
         for (const double x : sum) {
@@ -155,8 +154,7 @@ TEST_CASE("a seed gives the same content everywhere, another seed another") {
   SynthOptions other = small_synth();
   other.seed = 2;
   synthesize(folder / "b.h5", other);
-  CHECK(TraceReader(folder / "b.h5").info().content_hash !=
-        TraceReader(folder / "a.h5").info().content_hash);
+  CHECK(TraceReader(folder / "b.h5").info().content_hash != TraceReader(folder / "a.h5").info().content_hash);
 }
 
 TEST_CASE("synthetic heads have sinks, a local kind and a retrieving kind") {
@@ -185,8 +183,7 @@ TEST_CASE("synth and the query sets refuse what cannot be") {
   const TemporaryFolder folder;
   SynthOptions options = small_synth();
   options.head_dim = 33;
-  CHECK_THROWS_WITH(synthesize(folder / "a.h5", options),
-                    Catch::Contains("head_dim 33 must be even"));
+  CHECK_THROWS_WITH(synthesize(folder / "a.h5", options), Catch::Contains("head_dim 33 must be even"));
   options = small_synth();
   options.queries = "some";
   CHECK_THROWS_WITH(synthesize(folder / "a.h5", options),
@@ -197,8 +194,7 @@ TEST_CASE("synth and the query sets refuse what cannot be") {
   for (const char* queries : {"all", "decode", "window:7"}) {
     options.queries = queries;
     synthesize(folder / "a.h5", options);
-    CHECK(TraceReader(folder / "a.h5").q_index(0).size() ==
-          parse_queries(queries, 200, 300).size());
+    CHECK(TraceReader(folder / "a.h5").q_index(0).size() == parse_queries(queries, 200, 300).size());
   }
 }
 
@@ -206,12 +202,10 @@ TEST_CASE("info names what a user asks for") {
   const TemporaryFolder folder;
   write_small(folder / "a.h5", {.queries = queries_decode(15, 40), .extras = true});
   const TraceReader trace(folder / "a.h5");
-  CHECK_THAT(info_text(trace),
-             Catch::Contains("4 query, 2 KV (group_size 2), head_dim 8, v_head_dim 6") &&
-                 Catch::Contains("40 (15 prompt, 25 decode)") && Catch::Contains("from token 15") &&
-                 Catch::Contains("needle [3, 6)"));
-  CHECK_THAT(info_json(trace), Catch::Contains("\"prompt_len\": 15") &&
-                                   Catch::Contains("\"n_steps\": 25") &&
+  CHECK_THAT(info_text(trace), Catch::Contains("4 query, 2 KV (group_size 2), head_dim 8, v_head_dim 6") &&
+                                   Catch::Contains("40 (15 prompt, 25 decode)") && Catch::Contains("from token 15") &&
+                                   Catch::Contains("needle [3, 6)"));
+  CHECK_THAT(info_json(trace), Catch::Contains("\"prompt_len\": 15") && Catch::Contains("\"n_steps\": 25") &&
                                    Catch::Contains(trace.info().content_hash));
 }
 

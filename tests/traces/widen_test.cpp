@@ -18,12 +18,10 @@ double slow(ElementType type, std::uint16_t bits) {
   const int mantissa = bits & ((1 << mantissa_bits) - 1);
   const double sign = (bits & 0x8000) != 0 ? -1 : 1;
   if (exponent == (1 << exponent_bits) - 1) {
-    return mantissa != 0 ? std::numeric_limits<double>::quiet_NaN()
-                         : sign * std::numeric_limits<double>::infinity();
+    return mantissa != 0 ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
   }
   const double fraction = mantissa / std::ldexp(1.0, mantissa_bits);
-  return exponent == 0 ? sign * std::ldexp(fraction, 1 - bias)
-                       : sign * std::ldexp(1 + fraction, exponent - bias);
+  return exponent == 0 ? sign * std::ldexp(fraction, 1 - bias) : sign * std::ldexp(1 + fraction, exponent - bias);
 }
 
 std::vector<std::uint16_t> all_bits() {
@@ -35,8 +33,7 @@ std::vector<std::uint16_t> all_bits() {
 }
 
 bool same(float a, float b) {
-  return (std::isnan(a) && std::isnan(b)) ||
-         std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
+  return (std::isnan(a) && std::isnan(b)) || std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
 }
 
 std::uint16_t narrow_one(ElementType type, float value) {
@@ -58,9 +55,7 @@ TEST_CASE("every 16-bit value widens exactly, in the wide and in the scalar path
       const float expected = static_cast<float>(slow(type, bits[i]));
       float one = 0;
       const bool finite = widen(type, in + 2 * i, std::span(&one, 1));
-      wrong += same(wide[i], expected) && same(one, expected) && finite == std::isfinite(expected)
-                   ? 0
-                   : 1;
+      wrong += same(wide[i], expected) && same(one, expected) && finite == std::isfinite(expected) ? 0 : 1;
     }
     CHECK(wrong == 0);
   }
@@ -111,22 +106,15 @@ TEST_CASE("rounding goes to the nearest, and to even between two") {
       if (!std::isfinite(low) || !std::isfinite(high)) {
         continue;
       }
-      const float middle =
-          static_cast<float>((low + high) / 2);  // exact: one more bit than the format has
+      const float middle = static_cast<float>((low + high) / 2);  // exact: one more bit than the format has
       const auto even = static_cast<std::uint16_t>(i % 2 == 0 ? i : i + 1);
-      const std::vector<float> values = {middle,
-                                         std::nextafter(middle, -1.0F),
-                                         std::nextafter(middle, INFINITY),
-                                         -middle,
-                                         middle,
-                                         middle,
-                                         middle,
-                                         middle};  // eight: the wide path too
+      const std::vector<float> values = {
+          middle, std::nextafter(middle, -1.0F), std::nextafter(middle, INFINITY), -middle, middle, middle, middle,
+          middle};  // eight: the wide path too
       std::vector<std::uint16_t> rounded(values.size());
       narrow(type, values, reinterpret_cast<std::byte*>(rounded.data()));
       for (std::size_t j = 0; j < 4; ++j) {
-        const std::uint16_t expected[] = {even, bits[i], bits[i + 1],
-                                          static_cast<std::uint16_t>(even | 0x8000U)};
+        const std::uint16_t expected[] = {even, bits[i], bits[i + 1], static_cast<std::uint16_t>(even | 0x8000U)};
         wrong += rounded[j] == expected[j] && narrow_one(type, values[j]) == expected[j] ? 0 : 1;
       }
     }
@@ -138,8 +126,7 @@ TEST_CASE("rounding goes to the nearest, and to even between two") {
 
 TEST_CASE("an unknown element type is named with the allowed ones") {
   CHECK(element_type_of("bf16") == ElementType::bf16);
-  CHECK_THROWS_WITH(element_type_of("fp8"),
-                    "dtype 'fp8' is unknown; allowed are f16, bf16 and f32");
+  CHECK_THROWS_WITH(element_type_of("fp8"), "dtype 'fp8' is unknown; allowed are f16, bf16 and f32");
 }
 
 }  // namespace kvreplay

@@ -54,8 +54,7 @@ TEST_CASE("a killed writer leaves a readable file, which recover makes whole") {
   CHECK_THROWS_AS(recover(path, folder / "again.h5"), std::invalid_argument);
 
   // What recover made is what an uninterrupted capture of these tokens would have made.
-  TraceWriter writer(folder / "short.h5", meta, 26,
-                     WriterOptions{.queries = queries_window(5, 15, 26)});
+  TraceWriter writer(folder / "short.h5", meta, 26, WriterOptions{.queries = queries_window(5, 15, 26)});
   append_small(writer, meta, queries, 0, 26);
   writer.close();
   CHECK(TraceReader(folder / "short.h5").info().content_hash == whole.info().content_hash);
@@ -64,8 +63,7 @@ TEST_CASE("a killed writer leaves a readable file, which recover makes whole") {
 TEST_CASE("repacking there and back changes no content") {
   const TemporaryFolder folder;
   for (const ElementType element : {ElementType::f16, ElementType::bf16, ElementType::f32}) {
-    write_small(folder / "a.h5",
-                {.element = element, .queries = queries_decode(15, 40), .extras = true});
+    write_small(folder / "a.h5", {.element = element, .queries = queries_decode(15, 40), .extras = true});
     repack(folder / "a.h5", folder / "b.h5", Profile::archive, {.chunk_tokens = 7, .deflate = 9});
     repack(folder / "b.h5", folder / "c.h5", Profile::working);
     const TraceReader a(folder / "a.h5"), b(folder / "b.h5"), c(folder / "c.h5");
@@ -76,8 +74,7 @@ TEST_CASE("repacking there and back changes no content") {
     CHECK(c.info().pieces == a.info().pieces);
     CHECK(c.info().rope.inv_freq == a.info().rope.inv_freq);
     repack(folder / "b.h5", folder / "d.h5", Profile::working);
-    CHECK(
-        (file_bytes(folder / "c.h5") == file_bytes(folder / "d.h5")));  // same command, same bytes
+    CHECK((file_bytes(folder / "c.h5") == file_bytes(folder / "d.h5")));  // same command, same bytes
     CHECK_FALSE(std::filesystem::exists(folder / "b.h5.packing"));
   }
 }
@@ -88,9 +85,7 @@ TEST_CASE("the hash depends on content and on nothing else") {
   write_small(folder / "b.h5", {.profile = Profile::archive});
   write_small(folder / "c.h5", {.shape = {.prompt_len = 16}});
   write_small(folder / "d.h5", {.element = ElementType::bf16});
-  const auto hash = [&](const char* name) {
-    return TraceReader(folder / name).info().content_hash;
-  };
+  const auto hash = [&](const char* name) { return TraceReader(folder / name).info().content_hash; };
   CHECK(hash("a.h5") == hash("b.h5"));
   CHECK(hash("a.h5") != hash("c.h5"));
   CHECK(hash("a.h5") != hash("d.h5"));
@@ -99,8 +94,7 @@ TEST_CASE("the hash depends on content and on nothing else") {
 TEST_CASE("an interrupted capture is recovered under its own final name") {
   const TemporaryFolder folder;
   {
-    TraceWriter writer(folder / "t.h5", small_meta(), 40,
-                       WriterOptions{.queries = queries_all(40)});
+    TraceWriter writer(folder / "t.h5", small_meta(), 40, WriterOptions{.queries = queries_all(40)});
     append_small(writer, small_meta(), queries_all(40), 0, 30);
     writer.commit(25);
   }
@@ -121,8 +115,7 @@ TEST_CASE("misuse of the writer is refused by name") {
   const TemporaryFolder folder;
   const TraceInfo meta = small_meta();
   const auto refused = [&](TraceInfo changed, Pos capacity = 40) {
-    return message_of<std::invalid_argument>(
-        [&] { TraceWriter(folder / "x.h5", changed, capacity, {}); });
+    return message_of<std::invalid_argument>([&] { TraceWriter(folder / "x.h5", changed, capacity, {}); });
   };
   TraceInfo bad = meta;
   bad.n_kv_heads = 3;
@@ -153,8 +146,7 @@ TEST_CASE("misuse of the writer is refused by name") {
   CHECK_THAT(message_of<std::invalid_argument>([&] { writer.append(1, 1, k, v, q); }),
              Catch::Contains("does not fit f16"));
   k[3] = NAN;
-  CHECK_THAT(message_of<std::invalid_argument>([&] { writer.append(1, 1, k, v, q); }),
-             Catch::Contains("found nan"));
+  CHECK_THAT(message_of<std::invalid_argument>([&] { writer.append(1, 1, k, v, q); }), Catch::Contains("found nan"));
   writer.discard();
   CHECK_FALSE(std::filesystem::exists(folder / "t.h5.part"));
 }
