@@ -568,16 +568,18 @@ void Meter::kv_head(const Set& set, const Lane& lane) {
   float* attended = out(Metric::attended, row_);
   float* bytes = out(Metric::bytes, row_);
   float* bytes_read = out(Metric::bytes_read, row_);
+  // What the method's own text remembers of the evicted is kept and read too.
+  const double state = acting_ >= 0 ? compensators_[std::size_t(acting_)]->state_bytes() : 0;
   for (int s = 0; s < set.n_steps; ++s) {
     const auto i = std::size_t(s);
     if (resident) {
       resident[s] = float(lane.n_resident[i]);
     }
     if (bytes) {
-      bytes[s] = float(lane.step_bytes[i]);
+      bytes[s] = float(lane.step_bytes[i] + state);
     }
     if (bytes_read) {
-      bytes_read[s] = float(lane.step_bytes_read[i]);
+      bytes_read[s] = float(lane.step_bytes_read[i] + state);
     }
     if (!attended) {
       continue;
