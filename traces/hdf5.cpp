@@ -26,10 +26,12 @@ constexpr std::uint64_t kMaxChunks = std::uint64_t{1} << 22;
 // Deflate cannot shrink data by more than about 1032 times.
 constexpr std::uint64_t kMaxInflation = 1100;
 
+// After a failed flush the library's own clean-up at exit would crash (HDF5 1.10). It has to be told before its first
+// use, hence before main; files are closed by their owners.
+[[maybe_unused]] const herr_t kNoExitHandler = H5dont_atexit();
+
 // The library prints its error stack per thread unless told otherwise.
 void silence() {
-  // After a failed flush the library's own clean-up at exit would crash (HDF5 1.10).
-  [[maybe_unused]] static const herr_t no_exit_handler = H5dont_atexit();
   static thread_local bool done = false;
   if (!done) {
     H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);

@@ -38,9 +38,12 @@ std::string usage_sentence(const CLI::App& app, const CLI::ParseError& e) {
     return fmt::format("'{}' is no command; the nearest is '{}' of {}", word, nearest(word, commands),
                        fmt::join(commands, ", "));
   }
+  if (word.empty()) {
+    return fmt::format("no command is given; there are {}", fmt::join(commands, ", "));
+  }
   std::string sentence = e.what();
   std::replace(sentence.begin(), sentence.end(), '\n', ' ');
-  return sentence + (word.empty() || word[0] == '-' ? "; see kvreplay --help" : "; see kvreplay " + word + " --help");
+  return sentence + (word[0] == '-' ? "; see kvreplay --help" : "; see kvreplay " + word + " --help");
 }
 
 }  // namespace

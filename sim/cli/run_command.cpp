@@ -45,9 +45,12 @@ std::vector<std::string> split(const std::string& list) {
   return pieces;
 }
 
-void at_least(const char* option, std::int64_t value, std::int64_t least, std::int64_t most) {
-  if (value < least || value > most) {
-    throw ConfigError(fmt::format("{}: {} is outside {} to {}", option, value, least, most));
+void check_range(const char* option, std::int64_t value, std::int64_t least, std::int64_t most) {
+  if (value < least) {
+    throw ConfigError(fmt::format("{}: {} is not allowed, it must be at least {}", option, value, least));
+  }
+  if (value > most) {
+    throw ConfigError(fmt::format("{}: {} is not allowed, it must be at most {}", option, value, most));
   }
 }
 
@@ -133,13 +136,13 @@ void add_run_command(CLI::App& app) {
   run_app->add_flag("--force", o->force, "Write into a folder that is not empty");
   run_app->callback([o, compensators, prompt_len, threads] {
     if (prompt_len->count() > 0) {
-      at_least("--prompt-len", o->prompt_len, 1, 1 << 30);
+      check_range("--prompt-len", o->prompt_len, 1, 1 << 30);
     }
     if (threads->count() > 0) {
-      at_least("--threads", o->threads, 1, 1024);
+      check_range("--threads", o->threads, 1, 1024);
     }
-    at_least("--checkpoints", o->checkpoints, 1, 1 << 20);
-    at_least("--seed", o->seed, 0, std::numeric_limits<std::int64_t>::max());
+    check_range("--checkpoints", o->checkpoints, 1, 1 << 20);
+    check_range("--seed", o->seed, 0, std::numeric_limits<std::int64_t>::max());
     RunRequest request = request_of(*o, compensators->count() > 0);
     request.argv = command_line();
     std::signal(SIGINT, request_stop);
@@ -150,18 +153,15 @@ void add_run_command(CLI::App& app) {
       request.progress = [&](double done, double total, const std::string& what) { progress.at(done, total, what); };
       outcome = run(request);
     }
+    if (!outcome.failed.empty()) {
+      const std::size_t more = outcome.failed.size() - 1;
+      fmt::print(stderr, "kvreplay: {}{}\n", outcome.failed[0],
+                 more > 0 ? fmt::format(" (and {} more, listed in {}/run.json)", more, request.out.string()) : "");
+      throw Exit{outcome.trace_failed ? kTrace : kOther};
+    }
     fmt::print("{} cells in {}\n", outcome.n_cells, request.out.string());
-    for (const std::string& sentence : outcome.failed) {
-      fmt::print(stderr, "kvreplay: {}\n", sentence);
-    }
-    if (outcome.trace_failed) {
-      throw Exit{kTrace};
-    }
     if (outcome.interrupted) {
       throw Exit{kInterrupted};
-    }
-    if (!outcome.failed.empty()) {
-      throw Exit{kOther};
     }
   });
 }
