@@ -197,6 +197,7 @@ TraceWriter::TraceWriter(const std::filesystem::path& path, const TraceInfo& met
     learn_column(root, schema::kNValid);
     file.close();
   } catch (const hdf5::StorageError& error) {
+    discard();  // nothing of use is in it yet
     throw TraceError(error.what());
   }
   fd_ = ::open(part_.c_str(), O_RDWR | O_CLOEXEC);
