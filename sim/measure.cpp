@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "sim/product.hpp"
+
 namespace kvreplay {
 namespace {
 
@@ -89,6 +91,34 @@ struct Meter::Sums {
     }
   }
 
+  // The same for all rows in float, where weights and values lie.
+  template <class ForEach>
+  static void add_in_place(const Rows& rows, ForEach for_each, MatD& num) {
+    static thread_local std::vector<const float*> weights, values;
+    static thread_local std::vector<std::unique_ptr<Eigen::ArrayXf>> partial;  // columns that are there for some steps
+    weights.clear();
+    values.clear();
+    std::size_t n_partial = 0;
+    for_each([&](const float* column, const float* value, int lo, int hi) {
+      if (lo >= hi) {
+        return;
+      }
+      if (lo > 0 || hi < rows.steps) {
+        if (n_partial == partial.size()) {
+          partial.push_back(std::make_unique<Eigen::ArrayXf>());
+        }
+        Eigen::ArrayXf& part = *partial[n_partial++];
+        part.setZero(rows.size());
+        const int from = lo * rows.heads, n = (hi - lo) * rows.heads;
+        part.segment(from, n) = VecF(column + from, n).array();
+        column = part.data();
+      }
+      weights.push_back(column);
+      values.push_back(value);
+    });
+    add_products_in_place(weights, values, num);
+  }
+
   // Adds the weights of all columns to z.
   template <class ForEach>
   static void add_weights(const Rows& rows, ForEach for_each, Eigen::ArrayXd& z) {
@@ -116,7 +146,11 @@ struct Meter::Sums {
       return;
     }
     MatD fine_num = num(fine, Eigen::all);
-    add_products<float>(rows, {}, for_each, num);
+    if (rows.heads == rows.group && multiplies_in_place(rows.dim)) {
+      add_in_place(rows, for_each, num);
+    } else {
+      add_products<float>(rows, {}, for_each, num);
+    }
     if (!fine.empty()) {
       add_products<double>(rows, fine, for_each, fine_num);
       num(fine, Eigen::all) = fine_num;
