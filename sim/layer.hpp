@@ -34,7 +34,8 @@ struct Layer {
   std::vector<std::pair<std::string, std::vector<std::vector<float>>>> scores;  // name, per KV head (n_tokens)
 
   int n_steps() const { return n_tokens - prompt_len; }
-  auto queries(int kv_head, Pos begin, int n) const {  // (n * group_size, head_dim)
+  double slot_bytes() const { return double(element_bytes) * (head_dim + v_head_dim); }  // of one token as stored
+  auto queries(int kv_head, Pos begin, int n) const {                                    // (n * group_size, head_dim)
     return q[kv_head].middleRows(Eigen::Index(begin - first_query) * group_size, Eigen::Index(n) * group_size);
   }
 };

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <ctime>
 #include <exception>
-#include <optional>
 
 #include "sim/checkpoints.hpp"
 #include "sim/measure.hpp"
@@ -261,10 +260,10 @@ class Replay {
 
   void cut_prompt(Running& r) {
     const Method& m = *r.job->method;
-    const int budget =
-        m.prefill_budget.unit == Budget::Unit::none
-            ? r.job->budget
-            : m.prefill_budget.tokens(layer_.prompt_len, slot_bytes(), 0, sets_per_kv_head(m.prefill_traits.scope));
+    const int budget = m.prefill_budget.unit == Budget::Unit::none
+                           ? r.job->budget
+                           : m.prefill_budget.tokens(layer_.prompt_len, layer_.slot_bytes(), 0,
+                                                     sets_per_kv_head(m.prefill_traits.scope));
     const SetPlan plan{
         .select = &*m.prefill_select, .traits = m.prefill_traits, .budget = budget, .seed = options_.seed};
     std::vector<float> scores;
@@ -482,7 +481,6 @@ class Replay {
     }
   }
 
-  double slot_bytes() const { return double(layer_.element_bytes) * (layer_.head_dim + layer_.v_head_dim); }
   int sets_per_kv_head(Scope scope) const { return scope == Scope::query_head ? layer_.group_size : 1; }
 
   const Layer& layer_;

@@ -31,7 +31,7 @@ Set::Set(Shared& shared, const SetPlan& plan, int index) : traits(plan.traits), 
     lanes[i].kv_head = head / l.group_size;
     lanes[i].first_head = head % l.group_size;
     if (traits.pool == Pool::decode) {
-      lanes[i].bytes = l.prompt_len * slot_bytes();
+      lanes[i].bytes = l.prompt_len * layer().slot_bytes();
     }
   }
 
@@ -76,13 +76,11 @@ Set::Set(Shared& shared, const SetPlan& plan, int index) : traits(plan.traits), 
   }
 }
 
-double Set::slot_bytes() const { return double(layer().element_bytes) * (layer().head_dim + layer().v_head_dim); }
-
 void Set::pin(int lane, const std::vector<Pos>& kept) {
   pinned_by_list_ = true;
   Lane& l = lanes[lane];
   l.pinned = kept;
-  l.bytes = double(kept.size()) * slot_bytes();
+  l.bytes = double(kept.size()) * layer().slot_bytes();
   std::size_t next = 0;
   for (Pos p = 0; p < prompt_len; ++p) {
     if (next < kept.size() && kept[next] == p) {
@@ -216,7 +214,7 @@ float Set::bias(int lane, int slot) const {
 
 double Set::bytes(int lane, int slot) const {
   const Stored* own = lanes[lane].stored.empty() ? nullptr : find(lanes[lane], slot);
-  return own ? own->bytes : slot_bytes();
+  return own ? own->bytes : layer().slot_bytes();
 }
 
 MatF Set::queries(int lane, int last) const {
@@ -590,7 +588,7 @@ void Set::prefill_scores(std::vector<float>& scores) {
     positions_.resize(prompt_len);
     std::iota(positions_.begin(), positions_.end(), 0);
     for (Lane& lane : lanes) {
-      lane.bytes = prompt_len * slot_bytes();
+      lane.bytes = prompt_len * layer().slot_bytes();
     }
   }
   begin_block(1);
@@ -622,7 +620,7 @@ void Set::arrive(int step) {
   positions_.push_back(now);
   append(now);
   for (Lane& lane : lanes) {
-    lane.bytes += slot_bytes();
+    lane.bytes += layer().slot_bytes();
   }
   pos = positions_;
   select_->observe(*this);

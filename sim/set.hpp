@@ -143,7 +143,6 @@ class Set final : public Cache, public Future {
   void repair_z(Lane&, int from);
   void resident_logits(const Lane&, int lane, int head, std::span<double> out) const;
   void head_weights(int lane, int head, std::span<float> out) const;
-  double slot_bytes() const;
   const Stored* find(const Lane&, int slot) const;
 
   Shared* shared_;

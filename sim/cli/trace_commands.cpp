@@ -24,8 +24,6 @@
 #include "traces/synth.hpp"
 #include "traces/verify.hpp"
 
-// Set by the build for this file; a build outside the project's own has no git hash.
-
 namespace kvreplay {
 namespace {
 
