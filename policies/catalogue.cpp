@@ -8,7 +8,7 @@
 namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
-    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, mean, moments, gaussian;
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
 
 namespace {
 
@@ -37,6 +37,7 @@ constexpr const PartInfo* kParts[] = {
     // rewrite
     &kivi,
     // compensate
+    &none,
     &mean,
     &moments,
     &gaussian,

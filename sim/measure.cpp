@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "sim/logit_sums.hpp"
 #include "sim/product.hpp"
 
 namespace kvreplay {
@@ -169,8 +170,7 @@ Meter::Meter(const Layer& layer, const ReplayOptions& options, const CellCompens
   const Lane& l = set.lanes[std::size_t(lane)];
   const bool per_query_head = set.traits.scope == Scope::query_head;
   row_ = per_query_head ? l.kv_head * layer.group_size + l.first_head : l.kv_head;
-  const bool logit_metrics = options.metrics.has(Metric::logit_variance) || options.metrics.has(Metric::logit_spread);
-  MomentNeeds needs{.tilt = false, .diagonal = false, .full = logit_metrics, .radii = false};
+  MomentNeeds needs;
   SetShape shape{.layer = layer.index,
                  .kv_head = l.kv_head,
                  .n_heads = set.n_heads,
@@ -188,7 +188,7 @@ Meter::Meter(const Layer& layer, const ReplayOptions& options, const CellCompens
     compensators_.push_back(part->info->compensate(part->config(layer.index, l.kv_head).get(), shape));
     needs = needs | compensators_.back()->needs();
   }
-  if (!compensators_.empty() || logit_metrics) {
+  if (!compensators_.empty()) {
     moments_ = std::make_unique<MomentTrack>(layer.head_dim, layer.v_head_dim, needs);
   }
 }
@@ -315,20 +315,16 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
                       layer_.v[lane.kv_head].row(token).data()});
   }
   std::vector<Estimate> estimates(compensators_.size());
-  const MomentRows* moments = nullptr;
   if (moments_) {
     const MatF q = rows.pick(MatF(layer_.queries(lane.kv_head, e.begin, rows.steps)));
-    moments = &moments_->block(q, rows.heads, losses);
+    const MomentRows& moments = moments_->block(q, rows.heads, losses);
     for (std::size_t c = 0; c < compensators_.size(); ++c) {
-      compensators_[c]->estimate({q, rows.heads, losses, *moments}, estimates[c]);
+      compensators_[c]->estimate({q, rows.heads, losses, moments}, estimates[c]);
     }
   }
   Eigen::ArrayXd variance, spread;
   if (options_.metrics.has(Metric::logit_variance) || options_.metrics.has(Metric::logit_spread)) {
-    logits(set, lane, rows, moments->mean_logit, variance, spread);
-    if (variance.size() == 0) {
-      variance = moments->variance_full;
-    }
+    logits(set, lane, rows, n_missing, variance, spread);
   }
 
   // Where the series of this block begin, by head of the lane.
@@ -532,9 +528,8 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
   }
 }
 
-// Extremes of the evicted logits against their mean, and their variance where the moments cannot tell it: with a
-// soft-cap, and where a reader leaves resident tokens out.
-void Meter::logits(const Set& set, const Lane& lane, const Rows& rows, const Eigen::ArrayXd& mean,
+// Variance of the evicted logits, and their extremes against their mean.
+void Meter::logits(const Set& set, const Lane& lane, const Rows& rows, std::span<const int> n_missing,
                    Eigen::ArrayXd& variance, Eigen::ArrayXd& spread) const {
   const ExactBlock& e = set.exact(lane);
   const int n_rows = rows.size();
@@ -562,39 +557,44 @@ void Meter::logits(const Set& set, const Lane& lane, const Rows& rows, const Eig
     }
     return;
   }
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  Eigen::ArrayXf low = Eigen::ArrayXf::Constant(n_rows, kInf), high = -low;
-  const auto evicted = [&](auto use) {
-    for (const auto& [token, missing_from] : lane.evicted) {
+  // Calls use(first row that misses the token, its logits: (rows)) for the first n evicted tokens.
+  const auto evicted = [&](std::size_t n, auto use) {
+    Eigen::ArrayXf own;
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto [token, missing_from] = lane.evicted[i];
       const int lo = std::max(0, missing_from - e.begin);
       if (lo >= rows.steps) {
-        continue;
+        return;
       }
-      rows.own(e.logits.row(token).data(), lo, rows.steps, [&](const auto& x) { use(lo * rows.heads, x); });
+      const float* logits = e.logits.row(token).data();
+      if (rows.heads != rows.group) {
+        own.resize(n_rows);
+        rows.own(logits, lo, rows.steps, [&](const auto& x) { own.segment(lo * rows.heads, x.size()) = x; });
+        logits = own.data();
+      }
+      use(lo * rows.heads, logits);
     }
   };
-  evicted([&](int from, const auto& x) {
-    auto l = low.segment(from, x.size());
-    auto h = high.segment(from, x.size());
-    l = l.min(x);
-    h = h.max(x);
+  constexpr std::size_t kTypical = 64;  // tokens whose mean tells what a typical logit is
+  Eigen::ArrayXd n = Eigen::ArrayXd::Zero(n_rows), typical = n;
+  evicted(std::min(kTypical, lane.evicted.size()), [&](int from, const float* x) {
+    n.tail(n_rows - from) += 1;
+    typical.tail(n_rows - from) += VecF(x + from, n_rows - from).array().cast<double>();
   });
-  if (layer_.logit_softcap > 0) {
-    Eigen::ArrayXd n = Eigen::ArrayXd::Zero(n_rows), sum = n;
-    variance = n;
-    evicted([&](int from, const auto& x) {
-      n.segment(from, x.size()) += 1;
-      sum.segment(from, x.size()) += x.template cast<double>();
-    });
-    sum /= n.max(1.0);
-    evicted([&](int from, const auto& x) {
-      variance.segment(from, x.size()) += (x.template cast<double>() - sum.segment(from, x.size())).square();
-    });
-    variance /= n.max(1.0);
-    spread = (high.cast<double>() - sum).max(sum - low.cast<double>());
-  } else {
-    spread = (high.cast<double>() - mean).max(mean - low.cast<double>());
+  LogitSums sums((typical / n.max(1.0)).cast<float>());
+  std::vector<const float*> whole;
+  evicted(lane.evicted.size(), [&](int from, const float* x) {
+    if (from == 0 && rows.heads == rows.group) {
+      whole.push_back(x);
+    } else {
+      sums.add(x, from);
+    }
+  });
+  sums.add(whole);
+  for (int r = 0; r < n_rows; ++r) {
+    n[r] = n_missing[std::size_t(r / rows.heads)];
   }
+  sums.finish(n, variance, spread);
 }
 
 void Meter::kv_head(const Set& set, const Lane& lane) {

@@ -33,7 +33,7 @@ class Meter {
   void keep_attended(const Set&, const Lane&);
   void retention(const Set&, const Lane&);
   void checkpoints(const Set&, const Lane&);
-  void logits(const Set&, const Lane&, const Rows&, const Eigen::ArrayXd& mean, Eigen::ArrayXd& variance,
+  void logits(const Set&, const Lane&, const Rows&, std::span<const int> n_missing, Eigen::ArrayXd& variance,
               Eigen::ArrayXd& spread) const;
 
   const Layer& layer_;

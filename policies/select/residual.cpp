@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "policies/column_mass.hpp"
@@ -14,61 +14,6 @@
 
 namespace kvreplay {
 namespace {
-
-// Four resident tokens at a time: k . a, k . b and v . c of each in one pass, all that an eviction asks of them.
-using Four = Eigen::Array4d;
-using Lanes __attribute__((vector_size(64))) = float;  // 16 sums side by side, kept in registers
-struct Dots {
-  Four k_a, k_b, v_c;
-};
-
-Four sums(const Lanes (&x)[4]) {
-  Eigen::Array44f part;
-  for (int s = 0; s < 4; ++s) {
-    Eigen::Array<float, 16, 1> all;
-    std::memcpy(all.data(), &x[s], sizeof x[s]);
-    const Eigen::Array<float, 8, 1> half = all.head<8>() + all.tail<8>();
-    part.col(s) = half.head<4>() + half.tail<4>();
-  }
-  return part.colwise().sum().transpose().cast<double>();
-}
-
-Dots dots(const float* const (&k)[4], const float* a, const float* b, int n, const float* const (&v)[4], const float* c,
-          int m) {
-  Lanes ka[4] = {}, kb[4] = {}, vc[4] = {};
-  int i = 0, j = 0;
-  for (; i + 16 <= n; i += 16) {
-    Lanes a_i, b_i;
-    std::memcpy(&a_i, a + i, sizeof a_i);
-    std::memcpy(&b_i, b + i, sizeof b_i);
-    for (int s = 0; s < 4; ++s) {
-      Lanes k_i;
-      std::memcpy(&k_i, k[s] + i, sizeof k_i);
-      ka[s] += k_i * a_i;
-      kb[s] += k_i * b_i;
-    }
-  }
-  for (; j + 16 <= m; j += 16) {
-    Lanes c_j;
-    std::memcpy(&c_j, c + j, sizeof c_j);
-    for (int s = 0; s < 4; ++s) {
-      Lanes v_j;
-      std::memcpy(&v_j, v[s] + j, sizeof v_j);
-      vc[s] += v_j * c_j;
-    }
-  }
-  Dots d{sums(ka), sums(kb), sums(vc)};
-  for (int s = 0; s < 4; ++s) {
-    for (int r = i; r < n; ++r) {
-      d.k_a[s] += static_cast<double>(k[s][r] * a[r]);
-      d.k_b[s] += static_cast<double>(k[s][r] * b[r]);
-    }
-    for (int r = j; r < m; ++r) {
-      d.v_c[s] += static_cast<double>(v[s][r] * c[r]);
-    }
-  }
-  return d;
-}
 
 class Residual final : public Selector {
  public:
@@ -141,7 +86,6 @@ class Residual final : public Selector {
     }
     forget(view);
     average(view);
-    learn(view);
     if (config_.ewma > 0) {
       for (std::size_t i = 0; i < out.size(); ++i) {
         const Average& a = attention_[at(view.pos[i])];
@@ -150,36 +94,38 @@ class Residual final : public Selector {
     } else {
       view.attention(out);
     }
-    for (std::size_t i = 0; i < out.size(); ++i) {
-      out[i] *= std::sqrt(static_cast<float>(known_[at(view.pos[i])].r_r));
-    }
     protect(view, sink_, window_, out);
+    if (at_look_.empty()) {
+      look(view);
+    }
+    learn(view);
+    judge(view, out);
   }
 
   void evicted(const View& view, std::span<const int> slots) override {
-    constexpr std::size_t kFew = 8;  // more at once: cheaper to start over than to update one by one
+    constexpr std::size_t kFew = 8;  // more at once are cheaper merged than one by one
     if (view.at_prefill()) {
       votes_ = {};
-      if (config_.accumulate_prefill) {
-        accumulate(view, slots, moments_);
-      }
+    }
+    if (view.at_prefill() && !config_.accumulate_prefill) {
       return;
     }
     if (slots.size() > kFew) {
       accumulate(view, slots, moments_);
-      forget_all(view);
-    } else {
+      return;
+    }
+    for (std::size_t lane = 0; lane < moments_.size(); ++lane) {
       for (int slot : slots) {
-        evict_one(view, slot);
+        moments_[lane].add(view.key(static_cast<int>(lane), slot), view.value(static_cast<int>(lane), slot));
       }
     }
   }
 
  private:
-  // What is remembered of a token, lanes summed: r = v - v_mean - c P its residual, P = S k, c =
-  // scale / n.
+  // Of a token under the moments of the last look, lanes together.
   struct Known {
-    double r_r = -1, r_p = 0, p_p = 0;  // |r|^2, r . P, |P|^2; -1: to be computed
+    float residual = -1;  // |v - v_mean - M k|; -1: to be computed
+    float reach = 0;      // |k - k_mean|
   };
   struct Average {
     float sum = 0, weight = 0;
@@ -196,7 +142,7 @@ class Residual final : public Selector {
     }
     std::copy(votes.begin(), votes.end(), out.begin());
     finish_prompt(view, out);
-    std::vector<Known> known(out.size());
+    std::vector<float> residuals(out.size());
     std::vector<int> slots(out.size());
     for (int round = 0; round < config_.rerank; ++round) {
       std::iota(slots.begin(), slots.end(), 0);
@@ -211,9 +157,9 @@ class Residual final : public Selector {
         accumulate(view, std::span(slots).first(static_cast<std::size_t>(n_out)), cut);
       }
       std::iota(slots.begin(), slots.end(), 0);
-      compute(view, slots, cut, known);
+      compute(view, slots, cut, residuals);
       for (std::size_t i = 0; i < out.size(); ++i) {
-        out[i] = votes[i] * static_cast<float>(std::sqrt(known[i].r_r));
+        out[i] = votes[i] * residuals[i];
       }
       finish_prompt(view, out);
     }
@@ -249,108 +195,137 @@ class Residual final : public Selector {
     }
   }
 
-  // Residuals from scratch, by products; out[i] belongs to slots[i].
+  // |v - v_mean - S k scale / n| of each slot under `moments`, from scratch; out[i] belongs to slots[i].
   void compute(const View& view, std::span<const int> slots, const std::vector<Moments>& moments,
-               std::span<Known> out) const {
-    constexpr std::size_t kChunk = 256;
-    MatF k, v, p;  // (slots of the chunk, head_dim), (., v_head_dim) twice
-    std::fill(out.begin(), out.end(), Known{0, 0, 0});
+               std::span<float> out) const {
+    constexpr std::size_t kChunk = 256, kFew = 8;
+    std::vector<double> squares(slots.size(), 0.0);
+    MatF k, v;  // (slots of the chunk, head_dim), (., v_head_dim)
     for (std::size_t lane = 0; lane < moments.size(); ++lane) {
       const Moments& m = moments[lane];
+      if (slots.size() <= kFew) {  // a product would spend its time on rearranging S
+        for (std::size_t i = 0; i < slots.size(); ++i) {
+          const int l = static_cast<int>(lane);
+          const Eigen::VectorXf r =
+              view.value(l, slots[i]) - m.v_mean - m.scatter * (step_size(m) * view.key(l, slots[i]));
+          squares[i] += static_cast<double>(r.squaredNorm());
+        }
+        continue;
+      }
       for (std::size_t i = 0; i < slots.size(); i += kChunk) {
         const std::size_t n = std::min(kChunk, slots.size() - i);
         gather(view, static_cast<int>(lane), slots.subspan(i, n), k, v);
-        p.noalias() = k * m.scatter.transpose();
+        k *= step_size(m);
         v.rowwise() -= m.v_mean.transpose();
-        v -= step_size(m) * p;
+        v.noalias() -= k * m.scatter.transpose();
         for (std::size_t j = 0; j < n; ++j) {
-          const auto r = static_cast<Eigen::Index>(j);
-          out[i + j].r_r += static_cast<double>(v.row(r).squaredNorm());
-          out[i + j].r_p += static_cast<double>(v.row(r).dot(p.row(r)));
-          out[i + j].p_p += static_cast<double>(p.row(r).squaredNorm());
+          squares[i + j] += static_cast<double>(v.row(static_cast<Eigen::Index>(j)).squaredNorm());
         }
       }
     }
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      out[i] = static_cast<float>(std::sqrt(squares[i]));
+    }
   }
 
-  // Tokens that changed or that rounding may have reached are computed anew at the next score.
+  // From now on residuals are known under the moments as they are.
+  void look(const View& view) {
+    at_look_ = moments_;
+    for (Pos pos : view.pos) {
+      known_[at(pos)].residual = -1;
+    }
+    judged_ = 0;
+  }
+
   void forget(const View& view) {
     for (Pos pos : view.rewritten) {
-      known_[at(pos)].r_r = -1;
+      known_[at(pos)].residual = -1;
     }
   }
-  void forget_all(const View& view) {
-    for (Pos pos : view.pos) {
-      known_[at(pos)].r_r = -1;
-    }
-    updates_ = 0;
-  }
+
+  // Tokens that are new or changed, under the moments of the last look.
   void learn(const View& view) {
     std::vector<int> slots;
     for (std::size_t i = 0; i < view.pos.size(); ++i) {
-      if (known_[at(view.pos[i])].r_r < 0) {
+      if (known_[at(view.pos[i])].residual < 0) {
         slots.push_back(static_cast<int>(i));
       }
     }
-    std::vector<Known> found(slots.size());
-    compute(view, slots, moments_, found);
+    std::vector<float> residuals(slots.size());
+    compute(view, slots, at_look_, residuals);
     for (std::size_t i = 0; i < slots.size(); ++i) {
-      known_[at(view.pos[at(slots[i])])] = found[i];
+      double reach = 0;
+      for (std::size_t lane = 0; lane < at_look_.size(); ++lane) {
+        reach +=
+            static_cast<double>((view.key(static_cast<int>(lane), slots[i]) - at_look_[lane].k_mean).squaredNorm());
+      }
+      known_[at(view.pos[at(slots[i])])] = {residuals[i], static_cast<float>(std::sqrt(reach))};
     }
   }
 
-  // One token joins the moments: S' = S + b dv dk^T, so P' = P + t dv with t = b dk . k, and
-  // r' = r + (c / n') P - e dv with e = 1 / n' + c' t. Three numbers per token follow without P
-  // itself: dv . P is k . (S^T dv), and dv . r comes from dv . v.
-  void evict_one(const View& view, int slot) {
-    constexpr int kUpdates = 256;  // then start over, so that rounding cannot pile up
-    const float n = static_cast<float>(moments_[0].n), n_after = n + 1;
-    const float c = step_size(moments_[0]), c_after = scale_ / n_after, b = n / n_after;
-    const double f = static_cast<double>(c / n_after);
-    for (Pos pos : view.pos) {
-      Known& x = known_[at(pos)];
-      if (x.r_r >= 0) {
-        x.r_r += 2 * f * x.r_p + f * f * x.p_p;
+  // How far residuals may have moved since the last look: |r' - r| <= all + per_reach * reach, for
+  // r - r' = (v_mean' - v_mean) + (M' - M) k_mean + (M' - M)(k - k_mean).
+  struct Drift {
+    float all = 0, per_reach = 0;
+  };
+  Drift drift() const {
+    double all = 0, per_reach = 0;
+    MatF slope;
+    for (std::size_t lane = 0; lane < moments_.size(); ++lane) {
+      const Moments& m = moments_[lane];
+      const Moments& before = at_look_[lane];
+      slope = step_size(m) * m.scatter - step_size(before) * before.scatter;
+      all += static_cast<double>((m.v_mean - before.v_mean + slope * before.k_mean).squaredNorm());
+      per_reach = std::max(per_reach, static_cast<double>(slope.squaredNorm()));
+    }
+    return {static_cast<float>(std::sqrt(all)), static_cast<float>(std::sqrt(per_reach))};
+  }
+
+  // out: attention, infinite where protected -> scores. Moments move little in a step, so that few tokens can be the
+  // ones to leave: their scores are exact. All others get a bound from below that is above those.
+  void judge(const View& view, std::span<float> out) {
+    constexpr float kSlack = 1e-4F;    // rounding
+    constexpr std::size_t kShare = 4;  // of the slots: a fresh look costs about as much as judging so many
+    const Drift moved = drift();
+    low_.resize(out.size());
+    highs_.clear();
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      const Known& x = known_[at(view.pos[i])];
+      const float by = moved.all + moved.per_reach * x.reach + kSlack * x.residual;
+      low_[i] = std::isinf(out[i]) ? out[i] : out[i] * std::max(0.0F, x.residual - by);
+      if (!std::isinf(out[i])) {
+        highs_.push_back(out[i] * (x.residual + by));
       }
-      x.r_p += f * x.p_p;
     }
-    const int n_slots = static_cast<int>(view.pos.size());
-    for (std::size_t l = 0; l < moments_.size(); ++l) {
-      Moments& m = moments_[l];
-      const int lane = static_cast<int>(l);
-      const VecF k_out = view.key(lane, slot), v_out = view.value(lane, slot);
-      const Eigen::VectorXf dk = k_out - m.k_mean, dv = v_out - m.v_mean;
-      const Eigen::VectorXf w = m.scatter.transpose() * dv;  // (head_dim)
-      const double mean_dv = static_cast<double>(m.v_mean.dot(dv));
-      const double dv_dv = static_cast<double>(dv.squaredNorm());
-      for (int i = 0; i < n_slots; i += 4) {
-        const float *k[4], *v[4];
-        for (int s = 0; s < 4; ++s) {
-          const int other = std::min(i + s, n_slots - 1);
-          k[s] = view.key(lane, other).data();
-          v[s] = view.value(lane, other).data();
-        }
-        const Dots d = dots(k, dk.data(), w.data(), view.head_dim, v, dv.data(), view.v_head_dim);
-        const Four p_dv = d.k_b, r_dv = d.v_c - mean_dv + (f - static_cast<double>(c)) * p_dv;
-        const Four t = static_cast<double>(b) * d.k_a;
-        const Four e = static_cast<double>(1 / n_after) + static_cast<double>(c_after) * t;
-        const Four more_r_r = e * (e * dv_dv - 2 * r_dv);
-        const Four more_r_p = t * (r_dv - e * dv_dv) - e * p_dv;
-        const Four more_p_p = t * (2 * p_dv + t * dv_dv);
-        for (int s = 0; s < 4 && i + s < n_slots; ++s) {
-          Known& x = known_[at(view.pos[at(i + s)])];
-          if (x.r_r >= 0) {
-            x.r_r = std::max(0.0, x.r_r + more_r_r[s]);
-          }
-          x.r_p += more_r_p[s];
-          x.p_p += more_p_p[s];
+    const auto n_out = std::min<std::ptrdiff_t>(surplus(view), std::ssize(highs_));
+    candidates_.clear();
+    if (n_out <= 0) {
+      judged_ = out.size();  // nobody has to leave, so nobody is a candidate: the scores are asked for themselves
+    } else {
+      const auto last = highs_.begin() + (n_out - 1);
+      std::nth_element(highs_.begin(), last, highs_.end());
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        if (low_[i] <= *last && out[i] > 0 && !std::isinf(out[i])) {
+          candidates_.push_back(static_cast<int>(i));
         }
       }
-      m.add(k_out, v_out);
     }
-    if (++updates_ >= kUpdates) {
-      forget_all(view);
+    judged_ += candidates_.size();
+    if (judged_ > out.size() / kShare) {
+      look(view);
+      learn(view);
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        out[i] *= std::isinf(out[i]) ? 1 : known_[at(view.pos[i])].residual;
+      }
+      return;
     }
+    std::vector<float> residuals(candidates_.size());
+    compute(view, candidates_, moments_, residuals);
+    for (std::size_t j = 0; j < candidates_.size(); ++j) {
+      const std::size_t i = at(candidates_[j]);
+      low_[i] = out[i] * residuals[j];
+    }
+    std::copy(low_.begin(), low_.end(), out.begin());
   }
 
   void average(const View& view) {
@@ -372,12 +347,15 @@ class Residual final : public Selector {
   float scale_;
   int sink_, window_, obs_window_;
   std::vector<Moments> moments_;    // per lane
+  std::vector<Moments> at_look_;    // per lane, when all residuals were last computed
   std::vector<Known> known_;        // (n_tokens) by position
   std::vector<Average> attention_;  // (n_tokens) by position; empty without ewma
   std::vector<float> votes_;        // (prompt_len) until the cut
   std::vector<float> row_;          // (n_slots)
   Pos averaged_ = -1;               // position of the last query in attention_
-  int updates_ = 0;
+  std::size_t judged_ = 0;          // candidates since the last look
+  std::vector<float> low_, highs_;  // (n_slots), (slots not protected): bounds on scores
+  std::vector<int> candidates_;     // slots whose score is computed
 };
 
 }  // namespace

@@ -2,9 +2,9 @@
 // makes the table.
 //
 //   replay_bench                          the engine's figures
-//   replay_bench --write-trace F          only writes the layer as a trace, for PyTorch and for the
-//   memory figure replay_bench --read-trace F           only reads and widens all of a trace's
-//   layer 0
+//   replay_bench --method M --metrics X   one method's share of the exact pass, for work on its speed
+//   replay_bench --write-trace F          only writes the layer as a trace, for PyTorch and for the memory figure
+//   replay_bench --read-trace F           only reads and widens all of a trace's layer 0
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <deque>
@@ -188,7 +188,8 @@ void measure_reading(const std::string& path) {
 
 int main(int argc, char** argv) try {
   int tokens = 8192, prompt_len = 4096, kv_heads = 2, group = 4, head_dim = 128, budget = 1024, repeat = 2;
-  std::string write_to, read_from, element = "f32";
+  std::string write_to, read_from, element = "f32", metrics = "steps";
+  std::vector<std::string> methods;
   std::vector<std::string> windows{"512"}, alphas{"0.97"};
   CLI::App app("Times the replay engine on a layer of random numbers");
   app.add_option("--tokens", tokens);
@@ -201,6 +202,8 @@ int main(int argc, char** argv) try {
   app.add_option("--alphas", alphas, "of the momentum configurations; likewise")->delimiter(',');
   app.add_option("--repeat", repeat, "every figure is the best of so many runs");
   app.add_option("--element", element, "of the trace written: f16, bf16, f32");
+  app.add_option("--method", methods, "each is measured alone");
+  app.add_option("--metrics", metrics, "of --method: all, steps (all but those at checkpoints) or a list");
   app.add_option("--write-trace", write_to);
   app.add_option("--read-trace", read_from);
   CLI11_PARSE(app, argc, argv);
@@ -212,6 +215,10 @@ int main(int argc, char** argv) try {
   const Layer layer = random_layer(kv_heads, group, head_dim, tokens, prompt_len, 1);
   if (!write_to.empty()) {
     write_trace(write_to, layer, element_type_of(element));
+  } else if (!methods.empty()) {
+    for (const std::string& method : methods) {
+      std::cout << measure(layer, {method, metrics, {method}}, budget, repeat).dump() << std::endl;
+    }
   } else {
     measure_engine(layer, budget, repeat, windows, alphas);
   }
