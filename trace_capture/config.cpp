@@ -133,6 +133,7 @@ std::string model_name(const std::filesystem::path& folder) {
 
 const FamilyInfo& find_family(const Fields& config) {
   std::vector<std::string> names;
+  names.reserve(kFamilies.size());
   for (const FamilyInfo& info : kFamilies) {
     names.emplace_back(info.architecture);
   }

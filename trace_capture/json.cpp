@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <fstream>
 #include <set>
+#include <system_error>
 #include <vector>
 
 #include "policies/errors.hpp"
@@ -34,7 +34,7 @@ std::string read_text(const std::filesystem::path& path, std::uint64_t max_bytes
   }
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   if (!file) {
-    throw ConfigError(fmt::format("{}: cannot be opened: {}", path.string(), std::strerror(errno)));
+    throw ConfigError(fmt::format("{}: cannot be opened: {}", path.string(), std::generic_category().message(errno)));
   }
   const auto size = static_cast<std::int64_t>(file.tellg());
   if (size < 0 || static_cast<std::uint64_t>(size) > max_bytes) {

@@ -15,6 +15,7 @@
 #include <optional>
 #include <span>
 #include <string_view>
+#include <system_error>
 
 #include "policies/errors.hpp"
 #include "trace_capture/json.hpp"
@@ -140,7 +141,7 @@ std::span<const std::byte> Safetensors::Entry::bytes() const {
 void Safetensors::File::map() {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) {
-    wrong(fmt::format("cannot be opened: {}", std::strerror(errno)));
+    wrong(fmt::format("cannot be opened: {}", std::generic_category().message(errno)));
   }
   struct stat status {};
   if (::fstat(fd, &status) != 0 || !S_ISREG(status.st_mode)) {
@@ -155,7 +156,7 @@ void Safetensors::File::map() {
     wrong(fmt::format("expected a safetensors file, found {} bytes; it was cut off", size));
   }
   if (mapped == MAP_FAILED) {
-    wrong(fmt::format("cannot be mapped into memory: {}", std::strerror(map_error)));
+    wrong(fmt::format("cannot be mapped into memory: {}", std::generic_category().message(map_error)));
   }
   data = mapped;
 }
