@@ -17,8 +17,7 @@ bool check_reference(const std::filesystem::path& folder, const std::filesystem:
   const Model model = open_model(folder);
   const test::Reference reference = test::read_reference(reference_folder, model.config);
   const auto decoder = make_cpu_decoder(model, static_cast<Pos>(reference.ids.size()));
-  const test::Tensors found =
-      test::decode(*decoder, model.config, reference.ids, reference.passes, reference.rows);
+  const test::Tensors found = test::decode(*decoder, model.config, reference.ids, reference.passes, reference.rows);
   bool right = true;
   std::printf("%s (%s, rope %s):", folder.c_str(), model.config.architecture.c_str(), model.config.rope.type.c_str());
   for (const auto& [name, value] : test::differences(found, reference.tensors)) {
