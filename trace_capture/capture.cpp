@@ -81,11 +81,11 @@ class Passes {
   bool stopped() const { return watch_.stop != nullptr && watch_.stop->load(); }
   Pos done() const { return done_; }
 
-  // Tokens [done(), end) of ids, in passes as long as the decoder takes them. What ids has beyond `end` is used for the
+  // Tokens [done(), end) of ids, in passes of at most `block`. What ids has beyond `end` is used for the
   // log-probability of the token after the last pass.
-  void known(std::span<const std::int32_t> ids, Pos end) {
+  void known(std::span<const std::int32_t> ids, Pos end, Pos block) {
     while (done_ < end && !stopped()) {
-      const Pos n = std::min(end - done_, decoder_.max_pass());
+      const Pos n = std::min({end - done_, block, decoder_.max_pass()});
       const auto here = ids.subspan(at(done_), at(n));
       decoder_.pass(here, &recorder_);
       const auto next = ids.subspan(at(done_) + 1, std::min(at(n), ids.size() - at(done_) - 1));
@@ -142,20 +142,21 @@ class Passes {
 };
 
 void decode(Decoder& decoder, Recorder& recorder, const Sequence& sequence, const Tokenizer* tokenizer,
-            const CaptureOptions& options, const std::vector<std::int32_t>& eos_ids, const Watch& watch,
-            Captured& captured) {
+            const CaptureOptions& options, const ModelConfig& config, const Watch& watch, Captured& captured) {
   std::vector<std::int32_t> ids = sequence.prompt;
   ids.insert(ids.end(), sequence.decode.begin(), sequence.decode.end());
   decoder.reset();
   Passes passes(decoder, recorder, tokenizer, watch, sequence.n_tokens(), sequence.prompt_len());
   const auto start = Clock::now();
-  passes.known(ids, sequence.prompt_len());
+  passes.known(ids, sequence.prompt_len(), sequence.prompt_len());
   captured.prefill_seconds = seconds_since(start);
   if (!sequence.decode.empty()) {
-    passes.known(ids, sequence.n_tokens());
+    // Where the rotation depends on the length, a decode goes token by token as it would without the recorded text.
+    const bool fixed = rope_is_fixed(config.rope, config.max_positions, sequence.n_tokens());
+    passes.known(ids, sequence.n_tokens(), fixed ? sequence.n_tokens() : 1);
   } else if (passes.done() == sequence.prompt_len()) {
     captured.eos = passes.chosen(sequence.n_new, options.sampling,
-                                 options.ignore_eos ? std::span<const std::int32_t>() : std::span(eos_ids));
+                                 options.ignore_eos ? std::span<const std::int32_t>() : std::span(config.eos_ids));
   }
   captured.decode_seconds = seconds_since(start) - captured.prefill_seconds;
   captured.n_tokens = passes.done();
@@ -219,7 +220,7 @@ Captured capture(const Model& model, Decoder& decoder, const Sequence& sequence,
       Recorder recorder(plan, writer,
                         {.stage_bytes = options.stage_bytes, .max_pass = decoder.max_pass(), .memory = options.memory});
       try {
-        decode(decoder, recorder, sequence, tokenizer, options, model.config.eos_ids, watch, captured);
+        decode(decoder, recorder, sequence, tokenizer, options, model.config, watch, captured);
         recorder.finish();
       } catch (const DeviceError&) {
         recorder.finish();  // what was decoded is kept; a failure of the writer thread would have come first
