@@ -105,6 +105,9 @@ void check_output(const fs::path& path, bool force) {
   if (fs::is_directory(path, error)) {
     throw ConfigError(path.string() + " is a folder, but the name of a trace file is expected");
   }
+  if (fs::exists(path, error) && !fs::is_regular_file(path, error)) {
+    throw ConfigError(path.string() + " is no regular file, so a trace cannot take its place");
+  }
   if (force) {
     return;
   }

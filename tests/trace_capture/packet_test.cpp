@@ -140,4 +140,24 @@ TEST_CASE("packing rounds to nearest even and leaves attention outputs as they a
   REQUIRE(stored == x);
 }
 
+TEST_CASE("values rounded before attention are those that the file will hold") {
+  const auto element = GENERATE(ElementType::f16, ElementType::bf16, ElementType::f32);
+  std::vector<float> values;
+  for (int i = 0; i < 3000; ++i) {
+    values.push_back(std::sin(static_cast<float>(i)) * 100);
+  }
+  std::vector<float> rounded = values, stored(values.size());
+  std::vector<std::byte> bytes(values.size() * size_of(element));
+  narrow(element, values, bytes.data());
+  widen(element, bytes.data(), stored);
+  round_to(element, rounded);
+  REQUIRE(rounded == stored);
+  // What f16 cannot hold stays what it is, so that it is refused as itself and not as an infinity.
+  values[1500] = 1e6F;
+  rounded = values;
+  round_to(element, rounded);
+  stored[1500] = element == ElementType::bf16 ? 999424.0F : 1e6F;
+  REQUIRE(rounded == stored);
+}
+
 }  // namespace kvreplay

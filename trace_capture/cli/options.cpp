@@ -19,6 +19,8 @@ namespace {
 
 namespace po = boost::program_options;
 
+constexpr const char* kStray = "words without an option";
+
 // Every value is text here and converted below, so that all faults sound alike.
 po::options_description description() {
   const auto text = [](const char* name) { return po::value<std::string>()->value_name(name); };
@@ -86,14 +88,14 @@ std::vector<std::string> names(const po::options_description& all) {
   };
   if (const auto* unknown = dynamic_cast<const po::unknown_option*>(&error)) {
     const std::string name = dashed(unknown->get_option_name());
+    const std::vector<std::string> known = names(all);
+    const auto longer =
+        std::find_if(known.begin(), known.end(), [&](const auto& full) { return full.starts_with(name); });
     throw ConfigError(fmt::format("{}{} is no option; the nearest is {}; see kvcapture --help", where, name,
-                                  nearest(name, names(all))));
+                                  longer != known.end() ? *longer : nearest(name, known)));
   }
   if (const auto* many = dynamic_cast<const po::multiple_occurrences*>(&error)) {
     throw ConfigError(where + dashed(many->get_option_name()) + " is given more than once");
-  }
-  if (const auto* many = dynamic_cast<const po::too_many_positional_options_error*>(&error)) {
-    throw ConfigError(where + many->what() + "; every value follows an option, as in --model DIR");
   }
   if (const auto* syntax = dynamic_cast<const po::invalid_syntax*>(&error)) {
     const std::string name = dashed(syntax->get_option_name());
@@ -294,12 +296,23 @@ CaptureRequest parse_request(const std::vector<std::string>& arguments) {
   const po::options_description all = description();
   const std::vector<std::string> words(arguments.begin() + 1, arguments.end());
   po::variables_map map;
+  po::options_description with_stray = all;
+  with_stray.add_options()(kStray, po::value<std::vector<std::string>>());
   try {
     // Full names only: an abbreviation in a batch script would change its meaning with the next option.
     const int style = po::command_line_style::unix_style & ~po::command_line_style::allow_guessing;
-    po::store(po::command_line_parser(words).options(all).positional({}).style(style).run(), map);
+    po::store(po::command_line_parser(words)
+                  .options(with_stray)
+                  .positional(po::positional_options_description().add(kStray, -1))
+                  .style(style)
+                  .run(),
+              map);
   } catch (const po::error& error) {
     refuse(error, all, "");
+  }
+  if (map.count(kStray) > 0) {
+    throw ConfigError(fmt::format("'{}' belongs to no option; write for example --model DIR; see kvcapture --help",
+                                  map[kStray].as<std::vector<std::string>>().front()));
   }
   // A flag that the command line leaves out must not hide what the file says.
   for (auto at = map.begin(); at != map.end();) {

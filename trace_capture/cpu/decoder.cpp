@@ -230,6 +230,11 @@ class CpuDecoder final : public Decoder {
     norm_heads(k, layer.k_norm);
     rotation_.apply(q);
     rotation_.apply(k);
+    if (recorder != nullptr) {
+      for (const Rows& rows : {q, k, v}) {
+        round_to(recorder->plan().element, {rows.data, sz(rows.n * rows.width)});
+      }
+    }
     remember(k, layer.k.get());
     remember(v, layer.v.get());
     const Rows out = out_.rows(n, q_width());
