@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const Placing<T> p) {
 
   Pair x[kPairs] = {};
   float squares = 0;
+#pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     const int c = lane + 32 * i;
     if (c < half) {
@@ -43,6 +44,7 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const Placing<T> p) {
   const float* norm = is_v ? nullptr : is_q ? p.q_norm : p.k_norm;
   if (norm != nullptr) {
     const float factor = 1.0F / sqrtf(lane_sum(squares, 32) / static_cast<float>(p.head_dim) + p.eps);
+#pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int c = lane + 32 * i;
       if (c < half) {
@@ -61,6 +63,7 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const Placing<T> p) {
                                static_cast<std::size_t>(p.past + token)) * dim;
   }
   const float* rotation = p.rotation + static_cast<std::size_t>(p.past + token) * dim;
+#pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     const int c = lane + 32 * i;
     if (c < half) {
@@ -79,8 +82,9 @@ __device__ void load_tile(const T* from, std::size_t stride, int rows, int head_
     const int row = i / (kWidth / 8), c = i % (kWidth / 8) * 8;
     float x[8] = {};
     if (row < rows && c < head_dim) {
-      load8(from + static_cast<std::size_t>(row) * stride + c, x);
+      widen_eight(load_eight(from + static_cast<std::size_t>(row) * stride + c), x);
     }
+#pragma unroll
     for (int e = 0; e < 8; ++e) {
       tile[row * kPitch + c + e] = x[e];
     }
@@ -111,6 +115,7 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Attention<T> a)
 
   float acc[4][4 * kChunks] = {};
   float max[4], sum[4];
+#pragma unroll
   for (int r = 0; r < 4; ++r) {
     max[r] = -INFINITY;
     sum[r] = 0;
@@ -128,12 +133,16 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Attention<T> a)
 #pragma unroll 4
     for (int d = 0; d < kWidth; d += 4) {
       Float4 x[4], y[4];
+#pragma unroll
       for (int i = 0; i < 4; ++i) {
         x[i] = load4(q + (4 * ty + i) * kPitch + d);
         y[i] = load4(kv + (tx + 16 * i) * kPitch + d);
       }
+#pragma unroll
       for (int r = 0; r < 4; ++r) {
+#pragma unroll
         for (int c = 0; c < 4; ++c) {
+#pragma unroll
           for (int e = 0; e < 4; ++e) {
             logits[r][c] += x[r].x[e] * y[c].x[e];
           }
@@ -141,9 +150,11 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Attention<T> a)
       }
     }
 
+#pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int pos = a.past + first + 4 * ty + r, from = first_visible(pos, a.window);
       float tile_max = -INFINITY;
+#pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int at = key + tx + 16 * c;
         logits[r][c] = at >= from && at <= pos ? logits[r][c] * a.scale : -INFINITY;
@@ -152,6 +163,7 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Attention<T> a)
       const float new_max = fmaxf(max[r], lane_max(tile_max, 16));
       const float shrink = max[r] == -INFINITY ? 0.0F : expf(max[r] - new_max);
       float tile_sum = 0;
+#pragma unroll
       for (int c = 0; c < 4; ++c) {
         // A tile may hold nothing that this query sees: then new_max may still be -inf.
         const float weight = logits[r][c] == -INFINITY ? 0.0F : expf(logits[r][c] - new_max);
@@ -160,6 +172,7 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Attention<T> a)
       }
       sum[r] = sum[r] * shrink + lane_sum(tile_sum, 16);
       max[r] = new_max;
+#pragma unroll
       for (int c = 0; c < 4 * kChunks; ++c) {
         acc[r][c] *= shrink;
       }
@@ -171,13 +184,18 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Attention<T> a)
 #pragma unroll 2
     for (int j = 0; j < kTile; j += 4) {
       Float4 weight[4];
+#pragma unroll
       for (int r = 0; r < 4; ++r) {
         weight[r] = load4(attn + (4 * ty + r) * kKeyPitch + j);
       }
+#pragma unroll
       for (int i = 0; i < 4; ++i) {
+#pragma unroll
         for (int c = 0; c < kChunks; ++c) {
           const Float4 value = load4(kv + (j + i) * kPitch + 4 * tx + 64 * c);
+#pragma unroll
           for (int r = 0; r < 4; ++r) {
+#pragma unroll
             for (int e = 0; e < 4; ++e) {
               acc[r][4 * c + e] += weight[r].x[i] * value.x[e];
             }
@@ -187,8 +205,11 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Attention<T> a)
     }
   }
 
+#pragma unroll
   for (int r = 0; r < 4; ++r) {
+#pragma unroll
     for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = 4 * ty + r, channel = 4 * tx + 64 * c + e;
         if (row < rows && channel < a.head_dim) {
@@ -237,9 +258,11 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const Attention<T> a) {
       const T* key = a.k + cache_at + static_cast<std::size_t>(j) * static_cast<std::size_t>(dim);
       for (int c = thread % 8 * 8; c < dim; c += 64) {
         float x[8];
-        load8(key + c, x);
+        widen_eight(load_eight(key + c), x);
+#pragma unroll
         for (int h = 0; h < kSplitHeads; ++h) {
           if (h < heads) {
+#pragma unroll
             for (int e = 0; e < 8; ++e) {
               logits[h] += q[h][c + e] * x[e];
             }
@@ -247,6 +270,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const Attention<T> a) {
         }
       }
     }
+#pragma unroll
     for (int h = 0; h < kSplitHeads; ++h) {
       const float logit = lane_sum(logits[h], 8);
       if (thread % 8 == 0) {
@@ -284,6 +308,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const Attention<T> a) {
     for (int j = group; j < keys; j += groups) {
       const T* value = a.v + cache_at + static_cast<std::size_t>(j) * static_cast<std::size_t>(dim) + c;
       const float x = to_float(value[0]), y = to_float(value[1]);
+#pragma unroll
       for (int h = 0; h < kSplitHeads; ++h) {
         if (h < heads) {
           acc[h][0] += attn[h][j] * x;
@@ -291,6 +316,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const Attention<T> a) {
         }
       }
     }
+#pragma unroll
     for (int h = 0; h < kSplitHeads; ++h) {
       partial[(group * kSplitHeads + h) * dim + c] = acc[h][0];
       partial[(group * kSplitHeads + h) * dim + c + 1] = acc[h][1];

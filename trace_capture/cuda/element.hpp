@@ -112,7 +112,7 @@ KVREPLAY_BOTH inline F16 from_float<F16>(float x) {
 
 KVREPLAY_BOTH inline bool is_finite(float x) { return (bits_of(x) & 0x7F800000U) != 0x7F800000U; }
 
-// One 16-byte access each.
+// One 16-byte access.
 struct alignas(16) Words {
   std::uint32_t word[4];
 };
@@ -120,22 +120,35 @@ struct alignas(16) Float4 {
   float x[4];
 };
 
-// Eight neighbours; p is a multiple of 16 bytes.
-KVREPLAY_BOTH inline void load8(const float* p, float (&out)[8]) {
-  const Float4 low = reinterpret_cast<const Float4*>(p)[0], high = reinterpret_cast<const Float4*>(p)[1];
-  for (int i = 0; i < 4; ++i) {
-    out[i] = low.x[i];
-    out[4 + i] = high.x[i];
+// Eight neighbours as they lie in memory, and widened.
+template <class T>
+struct Eight {
+  Words words[sizeof(T) / 2];
+};
+
+// p is a multiple of 16 bytes.
+template <class T>
+KVREPLAY_BOTH inline Eight<T> load_eight(const T* p) {
+  Eight<T> eight;
+  for (unsigned i = 0; i < sizeof(T) / 2; ++i) {
+    eight.words[i] = reinterpret_cast<const Words*>(p)[i];
+  }
+  return eight;
+}
+
+KVREPLAY_BOTH inline void widen_eight(const Eight<float>& eight, float (&out)[8]) {
+  for (int i = 0; i < 8; ++i) {
+    out[i] = float_of(eight.words[i / 4].word[i % 4]);
   }
 }
 
 template <class T>
-KVREPLAY_BOTH inline void load8(const T* p, float (&out)[8]) {
+KVREPLAY_BOTH inline void widen_eight(const Eight<T>& eight, float (&out)[8]) {
   static_assert(sizeof(T) == 2);
-  const Words words = *reinterpret_cast<const Words*>(p);
   for (int i = 0; i < 4; ++i) {
-    out[2 * i] = to_float(T{static_cast<std::uint16_t>(words.word[i] & 0xFFFFU)});
-    out[2 * i + 1] = to_float(T{static_cast<std::uint16_t>(words.word[i] >> 16)});
+    const std::uint32_t two = eight.words[0].word[i];
+    out[2 * i] = to_float(T{static_cast<std::uint16_t>(two & 0xFFFFU)});
+    out[2 * i + 1] = to_float(T{static_cast<std::uint16_t>(two >> 16)});
   }
 }
 

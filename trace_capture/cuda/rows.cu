@@ -65,19 +65,41 @@ __global__ void gate_kernel(const float* gate_up, const float* bias, T* out, int
   }
 }
 
-// The sum over this warp's lanes of row . x; eight elements at a time where rows begin at multiples of 16 bytes.
+template <class T>
+__device__ float dot_eight(const Eight<T>& a, const Eight<T>& b) {
+  float x[8], y[8];
+  widen_eight(a, x);
+  widen_eight(b, y);
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    sum += x[i] * y[i];
+  }
+  return sum;
+}
+
+// Row . x, summed over the lanes of a warp. Where rows begin at multiples of 16 bytes a lane takes eight elements at a
+// time and asks for four such pieces before it uses the first: that many loads in flight are what reaches the memory's
+// bandwidth.
 template <class T>
 __device__ float dot_row(const T* row, const T* x, int k, int lane) {
+  constexpr int kStep = 32 * 8, kDeep = 4;
   float sum = 0;
   if (k % 8 == 0) {
-#pragma unroll 4
-    for (int c = lane * 8; c < k; c += 256) {
-      float a[8], b[8];
-      load8(row + c, a);
-      load8(x + c, b);
-      for (int i = 0; i < 8; ++i) {
-        sum += a[i] * b[i];
+    int c = lane * 8;
+    for (; c + (kDeep - 1) * kStep < k; c += kDeep * kStep) {
+      Eight<T> a[kDeep];
+#pragma unroll
+      for (int i = 0; i < kDeep; ++i) {
+        a[i] = load_eight(row + c + i * kStep);
       }
+#pragma unroll
+      for (int i = 0; i < kDeep; ++i) {
+        sum += dot_eight(a[i], load_eight(x + c + i * kStep));
+      }
+    }
+    for (; c < k; c += kStep) {
+      sum += dot_eight(load_eight(row + c), load_eight(x + c));
     }
   } else {
     for (int c = lane; c < k; c += 32) {
