@@ -23,8 +23,9 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const Placing<T> p) {
   }
   const bool is_q = head < p.n_heads, is_v = head >= p.n_heads + p.n_kv_heads;
   const std::size_t dim = static_cast<std::size_t>(p.head_dim);
-  const float* row = p.qkv + (static_cast<std::size_t>(token) * static_cast<std::size_t>(heads) +
-                              static_cast<std::size_t>(head)) * dim;
+  const float* row =
+      p.qkv +
+      (static_cast<std::size_t>(token) * static_cast<std::size_t>(heads) + static_cast<std::size_t>(head)) * dim;
   const float* bias = p.bias != nullptr ? p.bias + static_cast<std::size_t>(head) * dim : nullptr;
 
   Pair x[kPairs] = {};
@@ -55,12 +56,13 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const Placing<T> p) {
 
   T* to = nullptr;
   if (is_q) {
-    to = p.q + (static_cast<std::size_t>(token) * static_cast<std::size_t>(p.n_heads) +
-                static_cast<std::size_t>(head)) * dim;
+    to = p.q +
+         (static_cast<std::size_t>(token) * static_cast<std::size_t>(p.n_heads) + static_cast<std::size_t>(head)) * dim;
   } else {
     const int kv_head = is_v ? head - p.n_heads - p.n_kv_heads : head - p.n_heads;
     to = (is_v ? p.v : p.k) + (static_cast<std::size_t>(kv_head) * static_cast<std::size_t>(p.capacity) +
-                               static_cast<std::size_t>(p.past + token)) * dim;
+                               static_cast<std::size_t>(p.past + token)) *
+                                  dim;
   }
   const float* rotation = p.rotation + static_cast<std::size_t>(p.past + token) * dim;
 #pragma unroll
@@ -100,8 +102,8 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) prefill_kernel(const Attention<T> a) {
   constexpr int kPitch = kWidth + 4, kKeyPitch = kTile + 4, kChunks = kWidth / 64;
   alignas(16) extern __shared__ float shared[];
-  float* q = shared;                 // (kTile, kPitch)
-  float* kv = q + kTile * kPitch;    // (kTile, kPitch): keys, then values
+  float* q = shared;                  // (kTile, kPitch)
+  float* kv = q + kTile * kPitch;     // (kTile, kPitch): keys, then values
   float* attn = kv + kTile * kPitch;  // (kTile, kKeyPitch)
 
   const int tx = static_cast<int>(threadIdx.x) % 16, ty = static_cast<int>(threadIdx.x) / 16;
@@ -242,8 +244,9 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const Attention<T> a) {
   const int begin = first_visible(a.past, a.window) + split * kSplitTokens;
   const int keys = least(kSplitTokens, a.past + 1 - begin);
   const int dim = a.head_dim;
-  const std::size_t cache_at = (static_cast<std::size_t>(kv_head) * static_cast<std::size_t>(a.capacity) +
-                                static_cast<std::size_t>(begin)) * static_cast<std::size_t>(dim);
+  const std::size_t cache_at =
+      (static_cast<std::size_t>(kv_head) * static_cast<std::size_t>(a.capacity) + static_cast<std::size_t>(begin)) *
+      static_cast<std::size_t>(dim);
 
   for (int i = thread; i < heads * dim; i += kThreads) {
     q[i / dim][i % dim] = to_float(a.q[first_head * dim + i]);
@@ -295,7 +298,8 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const Attention<T> a) {
     sum = lane_sum(sum, 32);
     if (lane == 0) {
       float* part = a.part + (static_cast<std::size_t>(first_head + warp) * static_cast<std::size_t>(n_parts) +
-                              static_cast<std::size_t>(split)) * width;
+                              static_cast<std::size_t>(split)) *
+                                 width;
       part[dim] = max;
       part[dim + 1] = sum;
     }
@@ -330,7 +334,9 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const Attention<T> a) {
       sum += partial[(g * kSplitHeads + h) * dim + channel];
     }
     a.part[(static_cast<std::size_t>(first_head + h) * static_cast<std::size_t>(n_parts) +
-            static_cast<std::size_t>(split)) * width + static_cast<std::size_t>(channel)] = sum;
+            static_cast<std::size_t>(split)) *
+               width +
+           static_cast<std::size_t>(channel)] = sum;
   }
 }
 
@@ -404,8 +410,8 @@ void attend(const Attention<T>& a, Stream stream) {
   }
 }
 
-#define KVREPLAY_FOR(T)                                \
-  template void place<T>(const Placing<T>&, Stream);   \
+#define KVREPLAY_FOR(T)                              \
+  template void place<T>(const Placing<T>&, Stream); \
   template void attend<T>(const Attention<T>&, Stream);
 KVREPLAY_FOR(float)
 KVREPLAY_FOR(F16)

@@ -8,8 +8,10 @@
 
 namespace kvreplay::cuda {
 
-// Throws DeviceError: "CUDA failed at <doing>: <what CUDA says>."
+// Throws DeviceError: "CUDA failed at <doing>: <what CUDA says>"
 void check(cudaError_t status, const char* doing);
+
+std::string gib(std::size_t bytes);  // "1.50 GiB"
 
 // Whole device memory. `what` names it in the error that says how much was asked for and how much is free.
 class DeviceMemory {
@@ -47,7 +49,7 @@ class PinnedMemory {
     return *this;
   }
 
-  std::byte* data() const { return data_; }
+  std::byte* release() { return std::exchange(data_, nullptr); }
   template <class T>
   T* as() const {
     return reinterpret_cast<T*>(data_);

@@ -110,8 +110,6 @@ KVREPLAY_BOTH inline F16 from_float<F16>(float x) {
 #endif
 }
 
-KVREPLAY_BOTH inline bool is_finite(float x) { return (bits_of(x) & 0x7F800000U) != 0x7F800000U; }
-
 // One 16-byte access.
 struct alignas(16) Words {
   std::uint32_t word[4];

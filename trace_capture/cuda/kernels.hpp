@@ -78,19 +78,19 @@ struct Scored {
 };
 void score(const float* logits, const std::int32_t* next, Scored* out, int rows, int vocab, Stream stream);
 
-// Fills a packet (trace_capture/packet.hpp) of n tokens from `first` on, in n_layers layers.
+// Fills a packet (trace_capture/packet.hpp) of n tokens from `first` on, in n_layers layers. Row 0 of a layer's q and
+// out is token `pass_first`. What the element type cannot hold becomes infinite, which the recorder refuses.
 template <class T>
 struct Packing {
   const std::int32_t* layers;   // (n_layers) numbers in the model
   const std::int32_t* queries;  // (m) tokens whose queries are stored
   const std::int32_t* outputs;  // (c) tokens whose attention outputs are stored
   const T* cache;               // (layers of the model, 2, n_kv_heads, capacity, head_dim)
-  const T* q;                   // (n_layers, n, n_heads, head_dim)
-  const float* out;             // (n_layers, n, n_heads, head_dim)
+  const T* q;                   // (n_layers, pass_n, n_heads, head_dim)
+  const float* out;             // (n_layers, pass_n, n_heads, head_dim)
   std::byte* packet;
   std::size_t k_at, v_at, q_at, out_at, layer_stride;  // of the packet, bytes
-  std::int32_t* not_finite;                            // set to layer + 1 where a value became infinite or NaN
-  int first, n_layers, head_dim, capacity;
+  int first, pass_first, pass_n, n_layers, head_dim, capacity;
   PackCounts counts;
 };
 template <class T>

@@ -19,21 +19,19 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const Packing<T> p) {
   const std::size_t index = blockIdx.y, dim = static_cast<std::size_t>(p.head_dim);
   const std::size_t n_heads = static_cast<std::size_t>(p.counts.n_heads);
   std::byte* layer_begin = p.packet + index * p.layer_stride;
-  bool finite = true;
   if (row.kind == 3) {
-    const std::size_t token = index * static_cast<std::size_t>(p.counts.n) +
-                              static_cast<std::size_t>(p.outputs[row.i] - p.first);
+    const std::size_t token =
+        index * static_cast<std::size_t>(p.pass_n) + static_cast<std::size_t>(p.outputs[row.i] - p.pass_first);
     const float* from = p.out + (token * n_heads + static_cast<std::size_t>(row.head)) * dim;
     float* to = reinterpret_cast<float*>(layer_begin + p.out_at) + static_cast<std::size_t>(row.place) * dim;
     for (int c = lane; c < p.head_dim; c += 32) {
       to[c] = from[c];
-      finite = finite && is_finite(from[c]);
     }
   } else {
     const T* from = nullptr;
     if (row.kind == 2) {
-      const std::size_t token = index * static_cast<std::size_t>(p.counts.n) +
-                                static_cast<std::size_t>(p.queries[row.i] - p.first);
+      const std::size_t token =
+          index * static_cast<std::size_t>(p.pass_n) + static_cast<std::size_t>(p.queries[row.i] - p.pass_first);
       from = p.q + (token * n_heads + static_cast<std::size_t>(row.head)) * dim;
     } else {
       const std::size_t part = static_cast<std::size_t>(p.layers[index]) * 2 + static_cast<std::size_t>(row.kind);
@@ -45,11 +43,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const Packing<T> p) {
     Stored* to = reinterpret_cast<Stored*>(layer_begin + part_at) + static_cast<std::size_t>(row.place) * dim;
     for (int c = lane; c < p.head_dim; c += 32) {
       to[c] = from_float<Stored>(to_float(from[c]));
-      finite = finite && is_finite(to_float(to[c]));
     }
-  }
-  if (!finite) {
-    *p.not_finite = p.layers[index] + 1;  // any of the layers will do
   }
 }
 

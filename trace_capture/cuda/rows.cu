@@ -180,11 +180,11 @@ void multiply_gate_one(const T* weight, const float* bias, const T* x, T* out, i
          bias, x, out, width, k);
 }
 
-#define KVREPLAY_FOR(T)                                                                              \
-  template void gather<T>(const T*, const std::int32_t*, float*, int, int, Stream);                 \
-  template void rms_norm<T>(const float*, const float*, T*, int, int, float, Stream);               \
-  template void gate<T>(const float*, const float*, T*, int, int, Stream);                          \
-  template void multiply_one<T>(const T*, const T*, float*, int, int, bool, Stream);                \
+#define KVREPLAY_FOR(T)                                                               \
+  template void gather<T>(const T*, const std::int32_t*, float*, int, int, Stream);   \
+  template void rms_norm<T>(const float*, const float*, T*, int, int, float, Stream); \
+  template void gate<T>(const float*, const float*, T*, int, int, Stream);            \
+  template void multiply_one<T>(const T*, const T*, float*, int, int, bool, Stream);  \
   template void multiply_gate_one<T>(const T*, const float*, const T*, T*, int, int, Stream);
 KVREPLAY_FOR(float)
 KVREPLAY_FOR(F16)
