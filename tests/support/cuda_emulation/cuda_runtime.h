@@ -102,10 +102,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->gridDim.x == 0 || config->gridDim.y == 0 || config->gridDim.y > 65535 || config->blockDim.x > 1024) {
     return cudaErrorInvalidValue;
   }
-  kvreplay::emulation::enqueue(
-      config->stream, [config = *config, kernel, all = std::tuple<Parameters...>(arguments...)] {
-        kvreplay::emulation::run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes,
-                                      [&] { std::apply(kernel, all); });
-      });
+  kvreplay::emulation::enqueue(config->stream,
+                               [config = *config, kernel, all = std::tuple<Parameters...>(arguments...)] {
+                                 kvreplay::emulation::run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes,
+                                                               [&] { std::apply(kernel, all); });
+                               });
   return cudaSuccess;
 }
