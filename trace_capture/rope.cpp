@@ -11,11 +11,13 @@ namespace {
 
 constexpr double kTwoPi = 2 * std::numbers::pi;
 
-// theta^(-2i / head_dim)
+// theta^(-2i / head_dim), rounded to float32 step by step as the models were trained and transformers computes it: at
+// token 2000, what float32 rounds off turns a key by 1e-4.
 std::vector<double> base_frequencies(double theta, int head_dim) {
   std::vector<double> out(static_cast<std::size_t>(head_dim / 2));
   for (std::size_t i = 0; i < out.size(); ++i) {
-    out[i] = std::pow(theta, -2.0 * static_cast<double>(i) / head_dim);
+    const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
+    out[i] = static_cast<double>(1 / static_cast<float>(std::pow(theta, static_cast<double>(exponent))));
   }
   return out;
 }
@@ -92,6 +94,9 @@ RopeTable rope_table(const RopeConfig& config, int head_dim, int max_positions, 
     table.attention_factor = yarn_attention_factor(config);
   } else {
     KVREPLAY_CHECK(dynamic || config.type == "default");
+  }
+  for (double& f : table.inv_freq) {
+    f = static_cast<double>(static_cast<float>(f));
   }
   return table;
 }

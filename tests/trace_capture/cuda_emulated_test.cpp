@@ -24,7 +24,8 @@ struct Device {
 
 TEST_CASE("cuda errors: no device, too little memory, a head_dim that kernels do not take") {
   ModelConfig config = test::small_config();
-  const Model model = test::random_model(config, ElementType::bf16);
+  config.head_dim = 16;
+  const Model model = test::random_model(config, ElementType::bf16, 1);
   {
     const Device none(0, 0);
     REQUIRE_THROWS_AS(make_cuda_decoder(model, 16), DeviceError);
@@ -41,7 +42,7 @@ TEST_CASE("cuda errors: no device, too little memory, a head_dim that kernels do
   }
   REQUIRE_NOTHROW(make_cuda_decoder(model, 16));
   config.head_dim = 20;
-  const Model odd = test::random_model(config, ElementType::bf16);
+  const Model odd = test::random_model(config, ElementType::bf16, 1);
   REQUIRE_THROWS_WITH(make_cuda_decoder(odd, 16), Contains("head_dim 20") && Contains("multiples of 8"));
 }
 

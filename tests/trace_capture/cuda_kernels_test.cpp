@@ -3,8 +3,8 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <random>
 
-#include "tests/trace_capture/random_model.hpp"
 #include "trace_capture/cuda/carrier.cuh"
 #include "trace_capture/cuda/kernels.hpp"
 #include "trace_capture/cuda/products.cuh"
@@ -17,9 +17,17 @@
 namespace kvreplay::cuda {
 namespace {
 
-using test::random_values;
-
 std::size_t sz(std::int64_t n) { return static_cast<std::size_t>(n); }
+
+std::vector<float> random_values(std::size_t n, float spread, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal(0, spread);
+  std::vector<float> values(n);
+  for (float& value : values) {
+    value = normal(generator);
+  }
+  return values;
+}
 
 // An array on the device and its way there and back.
 template <class T>
