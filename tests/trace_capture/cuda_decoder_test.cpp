@@ -253,6 +253,7 @@ TEST_CASE("cuda decoder: 16-bit weights stay within 2 % of float32, layer by lay
   for (auto [name, config] : configurations()) {
     CAPTURE(name);
     config.n_layers = 1;  // so that both backends' layer has the same input
+    config.sliding_window.resize(1);
     const Model model = random_model(config, element);
     const auto cpu = make_cpu_decoder(model, capacity, 1), cuda = make_cuda_decoder(model, capacity);
     const std::vector<std::int32_t> ids = some_ids(config, capacity);

@@ -52,10 +52,16 @@ void run_until(CUstream_st& stream, std::uint64_t place) {
     if (stream.running) {
       throw std::logic_error("emulated CUDA: two streams wait for each other");
     }
-    stream.running = true;
     const std::function<void()> work = std::move(stream.queue.front());
     stream.queue.pop_front();
-    work();
+    stream.running = true;
+    try {
+      work();
+    } catch (...) {
+      ++stream.n_done;
+      stream.running = false;
+      throw;
+    }
     ++stream.n_done;
     stream.running = false;
   }
