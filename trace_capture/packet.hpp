@@ -38,7 +38,11 @@ struct PacketLayout {
 // The packet of tokens [first, first + n) in the layers plan.layers[begin, end).
 PacketLayout packet_layout(const RecordPlan& plan, Pos first, Pos n, std::size_t begin, std::size_t end);
 
-// One layer's rows of a pass, float32, token-major: q, out (n, n_heads, head_dim), k, v (n, n_kv_heads, head_dim).
+// Bytes that a packet of any n tokens and n_layers layers may need at most.
+std::size_t largest_packet(const RecordPlan& plan, Pos n, std::size_t n_layers);
+
+// One layer's rows of a pass, float32, token-major: q, out (n, n_heads, head_dim), k, v (n, n_kv_heads, head_dim). q
+// may be empty where none of the tokens has its query stored, and out likewise.
 struct LayerRows {
   std::span<const float> q, k, v, out;
 };

@@ -2,6 +2,7 @@
 // writer thread. When all slots are full the decoder waits (nothing is ever dropped), and how long it waited is
 // counted.
 #pragma once
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -46,7 +47,8 @@ class Recorder {
     std::uint64_t bytes = 0;   // handed to the file
   };
 
-  // Writes through `writer`, which must outlive the recorder; nobody else may use it until finish().
+  // Writes through `writer`, which must outlive the recorder; nobody else may use it until finish(). The writer was
+  // opened with the plan's layers, queries and outputs.
   Recorder(RecordPlan plan, TraceWriter& writer, Options options);
   ~Recorder();  // drains what was submitted
   Recorder(const Recorder&) = delete;
@@ -57,7 +59,7 @@ class Recorder {
   std::size_t slot_bytes() const;
   // The index of a layer in plan().layers, or -1 if it is not recorded.
   int index_of(int layer) const;
-  // May the rows of all recorded layers of a pass of n tokens travel in one packet?
+  // May the rows of all recorded layers of a pass of n tokens travel in one packet? One token's always may.
   bool fits(Pos n) const;
 
   // A free slot for tokens [first, first + n) of the layers plan().layers[begin, end); waits until there is one.
@@ -68,28 +70,52 @@ class Recorder {
   // The ids of tokens whose rows were submitted. logprob, pieces: (ids) or empty.
   void tokens(std::span<const std::int32_t> ids, std::span<const float> logprob,
               std::span<const std::string> pieces = {});
-  // acquire, pack and submit for one layer of a pass: all that the CPU backend needs.
+  // acquire, pack and submit for one layer of a pass of any length: all that the CPU backend needs. A layer that is
+  // not recorded is passed over.
   void record(int layer, Pos first, Pos n, const LayerRows& rows);
 
-  void finish();  // waits until everything is in the file and committed; rethrows what went wrong
+  // Waits until everything is in the file and committed; rethrows what went wrong. A value that the element type
+  // cannot hold is a ConfigError that names layer, head and token.
+  void finish();
   Rates rates() const;
 
  private:
-  struct Item;
-  void work();
+  // Of the queue: a slot's rows, or (where is_slot is false) the ids of tokens.
+  struct Item {
+    bool is_slot = false;
+    Slot slot;
+    std::function<void()> ready;
+    std::vector<std::int32_t> ids;
+    std::vector<float> logprob;       // (ids) or empty
+    std::vector<std::string> pieces;  // (ids) or empty
+  };
+  using Clock = std::chrono::steady_clock;
+  void work();             // the writer thread
+  void write(Item& item);  // on the writer thread
+  void write_rows(const Slot& slot);
+  void commit();            // what all layers have
+  bool commit_due() const;  // is there something to commit, and has commit_seconds passed?
+  void rethrow_failure() const;
 
-  RecordPlan plan_;
+  const RecordPlan plan_;
   TraceWriter& writer_;
   Options options_;
   std::vector<std::byte*> slots_;
   std::size_t slot_bytes_ = 0;
-  mutable std::mutex mutex_;
+
+  // Of the writer thread alone, and of finish() when that rests.
+  std::vector<Pos> n_rows_;  // (layers) rows written
+  Pos n_tokens_ = 0;         // tokens whose ids are written
+  Clock::time_point last_commit_;
+
+  mutable std::mutex mutex_;  // guards all below
   std::condition_variable changed_;
-  std::vector<std::size_t> free_;
+  std::vector<std::size_t> free_;  // the slot used last on top: it is in the cache
   std::deque<Item> queue_;
   std::exception_ptr failure_;
-  bool closing_ = false, idle_ = true;
+  bool closing_ = false, busy_ = false;
   Rates rates_;
+
   std::thread thread_;
 };
 

@@ -18,8 +18,13 @@ struct Choice {
   float logprob = 0;  // of the model: natural log of softmax(logits)[id], before temperature and cuts
 };
 
-// logits: (vocab). Greedy ties go to the lower id. Order of the cuts: temperature, top-k, top-p. `step` counts the
-// choices of a sequence.
+// Throws ConfigError naming the value that is out of range.
+void check(const Sampling& sampling);
+
+// logits: (vocab). Greedy ties go to the lower id. Order of the cuts: temperature, top-k, top-p; among equal logits the
+// lower id survives. Of the surviving tokens, in the order of their ids, the first is chosen whose cumulative
+// probability exceeds uniform_at(seed, step); `step` counts the choices of a sequence. Throws ConfigError as check()
+// does, and std::runtime_error for a logit that is not finite.
 Choice choose(std::span<const float> logits, const Sampling& sampling, std::uint64_t step);
 
 // log softmax(logits)[id], summed in double.
