@@ -138,7 +138,10 @@ void RowCollector::append(int layer, kvt_kind kind, std::int64_t first, std::int
   if (rows.on_device != 0 && rows.on_device != 1) {
     throw ConfigError(fmt::format("{}: on_device is {}, but must be 0 (host) or 1 (CUDA)", where, rows.on_device));
   }
-  if (n > 0 && rows.data == nullptr) {
+  if (n == 0) {
+    return;
+  }
+  if (rows.data == nullptr) {
     throw ConfigError(where + ": data is NULL");
   }
   check_strides(rows, heads(kind), n, row_bytes, where);
