@@ -197,6 +197,7 @@ def _on_device(rows):
 
 _LOGITS_AT_ONCE = 256  # rows of logits that become log-probabilities in one go
 _COMMIT_SECONDS = 1.0
+_HIDDEN = "the attention mask hides tokens (padding?), but a trace holds one sequence without gaps"
 _recording = {}  # id of an attention module -> the capture that records it
 _checked = weakref.WeakSet()  # models whose logits were compared
 
@@ -216,7 +217,7 @@ def _register():
             result = delegate_of(module)(module, query, key, value, attention_mask, *args, **kwargs)
             recorder = _recording.get(id(module))
             if recorder is not None:
-                recorder._attended(module, query, key, value, result[0], kwargs)
+                recorder._attended(module, query, key, value, attention_mask, result[0], kwargs)
             return result
         return attention
 
@@ -333,7 +334,11 @@ class capture:
             self._undo.pop()()
 
     def _switch(self, implementation):
-        self.model.set_attn_implementation(implementation)
+        try:
+            self.model.set_attn_implementation(implementation)
+        except (ValueError, KeyError) as error:
+            raise CaptureError(f"{type(self.model).__name__} does not run with {implementation} attention: "
+                               f"{error}") from error
         if self.model.config._attn_implementation != implementation:
             raise CaptureError(f"{type(self.model).__name__} does not take its attention function from transformers' "
                                "AttentionInterface, so there is nothing to hook into; write through kvcapture_hf.Trace")
@@ -397,8 +402,8 @@ class capture:
             raise CaptureError(f"the cache holds {cached} tokens where {self.n_tokens} were recorded; a trace can follow "
                                "neither assisted decoding nor a cache that was filled outside the block")
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and not bool((mask != 0).all()):
-            raise CaptureError("the attention mask hides tokens (padding?), but a trace holds one sequence without gaps")
+        if getattr(mask, "ndim", 0) == 2 and not bool((mask != 0).all()):
+            raise CaptureError(_HIDDEN)
         positions = kwargs.get("position_ids")
         if positions is not None and positions.numel() == n:
             expected = torch.arange(self.n_tokens, self.n_tokens + n, device=positions.device)
@@ -407,9 +412,10 @@ class capture:
                                    f"{self.n_tokens} follows, but a trace has one position for each token, in order")
         if self.n_tokens + n > self.max_tokens:
             raise CaptureError(f"token {self.n_tokens + n - 1} has no room in a trace of max_tokens={self.max_tokens}")
-        self._pass = (ids.detach().reshape(-1), n, set())
+        self._pass, self._masks = (ids.detach().reshape(-1), n, set()), set()
 
-    def _attended(self, module, query, key, value, out, kwargs):
+    def _attended(self, module, query, key, value, mask, out, kwargs):
+        import torch
         if self._pass is None:
             raise CaptureError("attention was called outside a pass of the model that is captured; call the model "
                                "itself, as generate() does, and not a part of it")
@@ -433,6 +439,11 @@ class capture:
             self._expect(layer, "sliding window", kwargs["sliding_window"] or 0, self._windows[layer])
         if getattr(module, "is_causal", True) is False:
             raise CaptureError(f"layer {layer} attends in both directions, which a trace cannot describe")
+        if mask is not None and mask.ndim == 4 and id(mask) not in self._masks:  # layers share them
+            self._masks.add(id(mask))
+            seen_by_last = mask[0, 0, -1] if mask.dtype == torch.bool else mask[0, 0, -1] == 0
+            if int(seen_by_last.sum()) != min(self.n_tokens + n, self._windows[layer] or self.n_tokens + n):
+                raise CaptureError(_HIDDEN)
         # Where the new rows are: a static cache hands over its whole room, all others end with them.
         first = self.n_tokens
         begin = first if key.shape[2] > first + n else key.shape[2] - n
