@@ -277,6 +277,11 @@ def test_models_that_cannot_be_captured_are_refused(tmp_path, prompt):
     training = model_of("llama").train()
     with pytest.raises(CaptureError, match="model.eval"):
         capture(training, path, max_tokens=ROOM).__enter__()
+    with pytest.raises(CaptureError, match="before torch.compile"):
+        capture(torch.compile(model_of("llama")), path, max_tokens=ROOM).__enter__()
+    sinks = transformers.GptOssForCausalLM(transformers.GptOssConfig(**COMMON, head_dim=16)).eval()
+    with pytest.raises(CaptureError, match="does not run with sdpa attention"):
+        capture(sinks, path, max_tokens=ROOM).__enter__()
     torch.manual_seed(0)
     mixed = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(
         **{**COMMON, "num_hidden_layers": 6}, head_dim=16, sliding_window=16)).eval()

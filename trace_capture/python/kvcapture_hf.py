@@ -197,6 +197,8 @@ def _on_device(rows):
 
 _LOGITS_AT_ONCE = 256  # rows of logits that become log-probabilities in one go
 _COMMIT_SECONDS = 1.0
+_COMPILED = ("a compiled model does not call back; capture it as it was before torch.compile, and pass "
+             "disable_compile=True to generate()")
 _HIDDEN = "the attention mask hides tokens (padding?), but a trace holds one sequence without gaps"
 _recording = {}  # id of an attention module -> the capture that records it
 _checked = weakref.WeakSet()  # models whose logits were compared
@@ -352,6 +354,8 @@ class capture:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         if text is not config:
             raise CaptureError(f"{type(self.model).__name__} holds several models; capture its language model alone")
+        if hasattr(self.model, "_orig_mod") or getattr(self.model, "_compiled_call_impl", None) is not None:
+            raise CaptureError(_COMPILED)
         if self.model.training:
             raise CaptureError("the model is in training mode, where dropout changes attention; call model.eval() first")
         if getattr(config, "kv_lora_rank", None):
@@ -382,8 +386,7 @@ class capture:
     def _passing(self, model, args, kwargs):
         import torch
         if torch.compiler.is_compiling():
-            raise CaptureError("a compiled model cannot be captured; pass disable_compile=True to generate(), and the "
-                               "model as it was before torch.compile")
+            raise CaptureError(_COMPILED)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise CaptureError("the model was called with embeddings, but a trace needs the tokens' ids; call it with "
@@ -449,8 +452,14 @@ class capture:
         begin = first if key.shape[2] > first + n else key.shape[2] - n
         self.trace.append(layer, "k", first, key[0, :, begin:begin + n])
         self.trace.append(layer, "v", first, value[0, :, begin:begin + n])
-        self.trace.append(layer, "q", first, query[0])
-        self.trace.append(layer, "out", first, out[0].transpose(0, 1))  # (n, n_heads, v_head_dim) before
+        # Of queries and outputs only what the file stores, so that no more is copied from a device.
+        begin = max(self._first_query - first, 0)
+        if begin < n:
+            self.trace.append(layer, "q", first + begin, query[0, :, begin:])
+        stored = [token for token in self._outputs if first <= token < first + n]
+        if stored:
+            rows = out[0].transpose(0, 1)  # (n, n_heads, v_head_dim) before
+            self.trace.append(layer, "out", stored[0], rows[:, stored[0] - first:stored[-1] + 1 - first])
 
     @staticmethod
     def _expect(layer, what, found, expected):
@@ -516,6 +525,7 @@ class capture:
             raise CaptureError(f"layer {refused[0]} cannot be recorded; the layers that can are "
                                f"{', '.join(map(str, attend)) or 'none'}")
         self._layers = set(layers)
+        self._outputs = _check_tokens(prompt_len, self.max_tokens, self.check_steps)
         self._scale, self._softcap = self._scale_of(module, query, kwargs), float(kwargs.get("softcap") or 0)
         dtype = _type_name(key)
         element = self.dtype or _ELEMENTS.get(dtype)
@@ -529,7 +539,7 @@ class capture:
                       "sliding_window": self._windows, "dtype": _ELEMENTS.get(dtype, dtype),
                       "config_json": json.dumps(config.to_dict(), default=str, sort_keys=True)},
             "prompt_len": prompt_len, "capacity": self.max_tokens, "layers": layers, "element": element,
-            "queries": self.queries, "outputs": _check_tokens(prompt_len, self.max_tokens, self.check_steps),
+            "queries": self.queries, "outputs": self._outputs,
             "logprobs": True, "generator": self._generator(), "provenance": self.provenance,
             "spans": [{"name": name, "begin": begin, "end": end} for name, (begin, end) in (self.spans or {}).items()]}
         rope = self.rope
@@ -537,7 +547,9 @@ class capture:
             rope = _rope_of(self.model, module, [types[layer] for layer in layers], self.max_tokens)
         if rope is not None:
             meta["rope"] = rope
-        self.trace = Trace(self.path, meta)
+        self.trace = Trace(self.path, meta)  # from here on queries is one of three
+        window = {"all": prompt_len, "decode": 0}.get(self.queries)
+        self._first_query = max(prompt_len - (int(self.queries[len("window:"):]) if window is None else window), 0)
 
     @staticmethod
     def _generator():
