@@ -10,7 +10,7 @@ void Rotation::prepare(const RopeTable& table, Pos first, Pos n) {
   sin_.clear();
   for (Pos i = 0; i < n; ++i) {
     for (const double inv_freq : table.inv_freq) {
-      const double angle = static_cast<double>(first + i) * inv_freq;
+      const double angle = static_cast<double>(static_cast<float>(first + i) * static_cast<float>(inv_freq));
       cos_.push_back(static_cast<float>(std::cos(angle) * table.attention_factor));
       sin_.push_back(static_cast<float>(std::sin(angle) * table.attention_factor));
     }

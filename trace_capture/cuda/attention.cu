@@ -101,8 +101,7 @@ __device__ inline Float4 load4(const float* p) { return *reinterpret_cast<const 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) prefill_kernel(const Attention<T> a) {
   constexpr int kPitch = kWidth + 4, kKeyPitch = kTile + 4, kChunks = kWidth / 64;
-  alignas(16) extern __shared__ float shared[];
-  float* q = shared;                  // (kTile, kPitch)
+  float* q = shared_memory();         // (kTile, kPitch)
   float* kv = q + kTile * kPitch;     // (kTile, kPitch): keys, then values
   float* attn = kv + kTile * kPitch;  // (kTile, kKeyPitch)
 

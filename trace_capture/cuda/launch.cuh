@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstddef>
 #include <utility>
 
@@ -18,6 +19,12 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "starting a kernel");
+}
+
+// The shared memory that launch() asked for.
+__device__ inline float* shared_memory() {
+  alignas(16) extern __shared__ float kvreplay_shared[];
+  return kvreplay_shared;
 }
 
 // Over `width` neighbouring lanes (a power of two); every lane of the warp takes part and gets its group's result.
