@@ -584,16 +584,20 @@ def _check_tokens(prompt_len, max_tokens, n):
 def _rope_of(model, module, types, max_tokens):
     """The rotation as a trace describes it, compared with what the model itself does to a random row."""
     import torch
-    rotary = next((m for m in model.modules() if "Rotary" in type(m).__name__), None)
-    if rotary is None:
+    found = [m for m in model.modules() if "Rotary" in type(m).__name__]
+    if not found:
         return None
-    hint = "; pass rope={...} as docs/capture_abi.md says, or layers=[...] of one kind"
+    rotary, hint = found[0], "; pass rope={...} as docs/capture_abi.md says, or layers=[...] of one kind"
+    frequencies = [m.inv_freq.detach().cpu() for m in found if getattr(m, "inv_freq", None) is not None]
+    if any(not torch.equal(one, frequencies[0]) for one in frequencies):
+        raise CaptureError(f"{type(model).__name__} has several rotations, but a trace has one; choose layers=[...] that "
+                           "share one, and pass it as rope={...}")
     prefix, arguments = "", {}
     if getattr(rotary, "inv_freq", None) is None:
         kinds = sorted(set(types))
         if len(kinds) != 1 or getattr(rotary, f"{kinds[0]}_inv_freq", None) is None:
-            raise CaptureError(f"{type(model).__name__} rotates {' and '.join(kinds)} layers each in its own way, but a "
-                               f"trace has one rotation{hint}")
+            raise CaptureError(f"{type(model).__name__} has several rotations, one each for {' and '.join(kinds)} layers, "
+                               f"but a trace has one{hint}")
         prefix, arguments = f"{kinds[0]}_", {"layer_type": kinds[0]}
     inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu()
     factor = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
