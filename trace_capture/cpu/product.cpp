@@ -64,7 +64,7 @@ Vector load_as(const std::byte* data) {
     using Short [[gnu::vector_size(kLanes * 2), gnu::aligned(1), gnu::may_alias]] = std::uint16_t;
     using Long [[gnu::vector_size(kLanes * 4)]] = std::uint32_t;
     const Long bits = __builtin_convertvector(*reinterpret_cast<const Short*>(data), Long) << 16;
-    return reinterpret_cast<const Vector&>(bits);
+    return reinterpret_cast<Vector>(bits);
   } else {
 #if defined(__AVX512F__)
     return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data))));
@@ -89,9 +89,9 @@ float dot_of(const std::byte* a, const float* b, std::size_t n) {
     }
   }
   double total = 0;
-  for (const Vector& part : sum) {
+  for (std::size_t i = 0; i < kSums; ++i) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      total += static_cast<double>(part[lane]);
+      total += static_cast<double>(sum[i][lane]);
     }
   }
   float rest[kStep];
