@@ -19,20 +19,20 @@ Vector load(const float* data) { return *reinterpret_cast<const Vector*>(data); 
 template <int Rows, int Vectors>
 void tile(int depth, Strided a, const float* b, std::ptrdiff_t b_row, float* c, std::ptrdiff_t c_row) {
   Vector sum[Rows][Vectors] = {};
-  for (int k = 0; k < depth; ++k) {
+  for (std::ptrdiff_t k = 0; k < depth; ++k) {
     Vector right[Vectors];
-    for (int i = 0; i < Vectors; ++i) {
+    for (std::ptrdiff_t i = 0; i < Vectors; ++i) {
       right[i] = load(b + k * b_row + i * kLanes);
     }
-    for (int r = 0; r < Rows; ++r) {
+    for (std::ptrdiff_t r = 0; r < Rows; ++r) {
       const float left = a.data[r * a.row + k * a.column];
-      for (int i = 0; i < Vectors; ++i) {
+      for (std::ptrdiff_t i = 0; i < Vectors; ++i) {
         sum[r][i] += left * right[i];
       }
     }
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int i = 0; i < Vectors; ++i) {
+  for (std::ptrdiff_t r = 0; r < Rows; ++r) {
+    for (std::ptrdiff_t i = 0; i < Vectors; ++i) {
       *reinterpret_cast<Vector*>(c + r * c_row + i * kLanes) += sum[r][i];
     }
   }
