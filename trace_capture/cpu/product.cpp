@@ -19,20 +19,20 @@ Vector load(const float* data) { return *reinterpret_cast<const Vector*>(data); 
 template <int Rows, int Vectors>
 void tile(int depth, Strided a, const float* b, std::ptrdiff_t b_row, float* c, std::ptrdiff_t c_row) {
   Vector sum[Rows][Vectors] = {};
-  for (int k = 0; k < depth; ++k) {
+  for (std::ptrdiff_t k = 0; k < depth; ++k) {
     Vector right[Vectors];
-    for (int i = 0; i < Vectors; ++i) {
+    for (std::ptrdiff_t i = 0; i < Vectors; ++i) {
       right[i] = load(b + k * b_row + i * kLanes);
     }
-    for (int r = 0; r < Rows; ++r) {
+    for (std::ptrdiff_t r = 0; r < Rows; ++r) {
       const float left = a.data[r * a.row + k * a.column];
-      for (int i = 0; i < Vectors; ++i) {
+      for (std::ptrdiff_t i = 0; i < Vectors; ++i) {
         sum[r][i] += left * right[i];
       }
     }
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int i = 0; i < Vectors; ++i) {
+  for (std::ptrdiff_t r = 0; r < Rows; ++r) {
+    for (std::ptrdiff_t i = 0; i < Vectors; ++i) {
       *reinterpret_cast<Vector*>(c + r * c_row + i * kLanes) += sum[r][i];
     }
   }
@@ -64,7 +64,7 @@ Vector load_as(const std::byte* data) {
     using Short [[gnu::vector_size(kLanes * 2), gnu::aligned(1), gnu::may_alias]] = std::uint16_t;
     using Long [[gnu::vector_size(kLanes * 4)]] = std::uint32_t;
     const Long bits = __builtin_convertvector(*reinterpret_cast<const Short*>(data), Long) << 16;
-    return reinterpret_cast<const Vector&>(bits);
+    return reinterpret_cast<Vector>(bits);
   } else {
 #if defined(__AVX512F__)
     return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data))));
@@ -89,9 +89,9 @@ float dot_of(const std::byte* a, const float* b, std::size_t n) {
     }
   }
   double total = 0;
-  for (const Vector& part : sum) {
+  for (std::size_t i = 0; i < kSums; ++i) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      total += static_cast<double>(part[lane]);
+      total += static_cast<double>(sum[i][lane]);
     }
   }
   float rest[kStep];
