@@ -92,8 +92,12 @@ void Node::only(std::initializer_list<std::string_view> keys) const {
 }
 
 void Node::refuse(const std::string& what) const {
-  throw ConfigError(fmt::format("{}: {}{}{}; pass token ids with --tokens instead", *file_, place_,
-                                place_.empty() ? "" : ": ", what));
+  std::string sentence = with_replacements(
+      fmt::format("{}{}{}; pass token ids with --tokens instead", place_, place_.empty() ? "" : ": ", what));
+  // Parts of an expression are shown as they are, and may hold anything.
+  std::replace_if(
+      sentence.begin(), sentence.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; }, '?');
+  throw ConfigError(fmt::format("{}: {}", *file_, sentence));
 }
 
 bool is_id(const nlohmann::json& value) {

@@ -13,6 +13,9 @@ namespace {
 // How GPT-2 splits: ByteLevel with use_regex.
 constexpr std::string_view kGpt2 = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
+// Digits asks Rust's own tables, which are those of Unicode 17.0: two more groups of digits than expressions know.
+constexpr std::string_view kDigit = "[\\p{N}\U00011DE0-\U00011DE9\U00016FF4-\U00016FF6]";
+
 std::vector<Range> occurrences(std::string_view text, std::string_view what) {
   std::vector<Range> found;
   for (std::size_t i = 0; (i = text.find(what, i)) != std::string_view::npos; i += what.size()) {
@@ -49,10 +52,15 @@ void PreTokenizer::add(const Node& node) {
     add_split(node);
   } else if (type == "ByteLevel") {
     add_byte_level(node);
+  } else if (type == "Digits") {
+    node.only({"type", "individual_digits"});
+    const bool alone = node.flag("individual_digits", false);
+    steps_.emplace_back(Split{Regex(kDigit), alone ? Behavior::isolated : Behavior::contiguous, false});
   } else if (type == "Metaspace") {
     add_metaspace(node);
   } else {
-    node.refuse(fmt::format("type {} is not supported (Sequence, Split, ByteLevel, Metaspace are)", in_quotes(type)));
+    node.refuse(
+        fmt::format("type {} is not supported (Sequence, Split, Digits, ByteLevel, Metaspace are)", in_quotes(type)));
   }
 }
 
@@ -144,39 +152,31 @@ std::vector<Range> PreTokenizer::cut(const Split& split, std::string_view text) 
 
   std::vector<Range> words;
   for (std::size_t i = 0; i < parts.size(); ++i) {
-    const Range range = parts[i].range;
     const bool match = parts[i].match;
     const bool match_before = i > 0 && parts[i - 1].match;
+    bool joins = false;  // the word before it
     switch (split.behavior) {
       case Behavior::removed:
-        if (!match) {
-          words.push_back(range);
+        if (match) {
+          continue;
         }
         break;
       case Behavior::isolated:
-        words.push_back(range);
         break;
       case Behavior::merged_with_previous:  // of several matches in a row only the first is merged
-        if (match && !match_before && !words.empty()) {
-          words.back().end = range.end;
-        } else {
-          words.push_back(range);
-        }
+        joins = i > 0 && match && !match_before;
         break;
       case Behavior::merged_with_next:  // of several matches in a row only the last is merged
-        if (match_before && !match) {
-          words.back().end = range.end;
-        } else {
-          words.push_back(range);
-        }
+        joins = match_before && !match;
         break;
       case Behavior::contiguous:
-        if (i > 0 && match == match_before) {
-          words.back().end = range.end;
-        } else {
-          words.push_back(range);
-        }
+        joins = i > 0 && match == match_before;
         break;
+    }
+    if (joins) {
+      words.back().end = parts[i].range.end;
+    } else {
+      words.push_back(parts[i].range);
     }
   }
   return words;

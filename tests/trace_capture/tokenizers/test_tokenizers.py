@@ -76,6 +76,8 @@ VARIANTS = [("llama3", "pre_tokenizer", {"type": "Sequence", "pretokenizers": [s
     split(".", "MergedWithPrevious", kind="String"),
     split("the", "Isolated", kind="String"),
     {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first", "split": True},
+    {"type": "Digits", "individual_digits": True},
+    {"type": "Digits", "individual_digits": False},
 )] + [
     ("gpt2", "pre_tokenizer", dict(LETTERS, add_prefix_space=False, use_regex=True)),
     ("gpt2", "pre_tokenizer", None),
