@@ -22,7 +22,7 @@ namespace {
 using Index = std::ptrdiff_t;
 
 constexpr Pos kMaxPass = 512;
-constexpr Index kLogitRows = 32;                 // rows of logits computed at a time
+constexpr Index kLogitRows = 64;                 // rows of logits computed at a time
 constexpr Index kWorthThreads = Index{1} << 17;  // elements
 
 std::size_t sz(Index n) { return static_cast<std::size_t>(n); }
