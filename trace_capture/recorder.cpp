@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "policies/errors.hpp"
 
@@ -19,6 +20,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 constexpr std::align_val_t kAlign{64};
+constexpr Pos kJoined = 16;  // tokens that are written at once at most, where they came one by one
 
 // Exponents of all ones are infinite or NaN. A plain reduction, which compilers vectorise.
 template <typename Bits>
@@ -216,8 +218,56 @@ void Recorder::commit() {
   last_commit_ = Clock::now();
 }
 
-void Recorder::write_rows(const Slot& slot) {
+// One after another in the file as they come from the decoder, the rows of single tokens would be many tiny writes (256
+// bytes for each head). Where the file falls behind, the packets that wait are joined.
+std::vector<Recorder::Item> Recorder::take() {
+  std::vector<Item> items;
+  Pos n = 0, next = 0;
+  std::span<const int> layers;
+  while (!queue_.empty()) {
+    const Item& item = queue_.front();
+    if (item.is_slot) {
+      const PacketLayout& layout = item.slot.layout;
+      const bool follows = n > 0 && layout.first == next && layout.layers.data() == layers.data() &&
+                           layout.layers.size() == layers.size() && n + layout.n <= kJoined;
+      if (n > 0 && !follows) {
+        break;
+      }
+      n += layout.n;
+      next = layout.first + layout.n;
+      layers = layout.layers;
+    }
+    items.push_back(std::move(queue_.front()));
+    queue_.pop_front();
+  }
+  return items;
+}
+
+void Recorder::gather(const Slot& slot, const PacketLayout& joined) {
   const PacketLayout& layout = slot.layout;
+  const std::size_t head_dim = sz(plan_.head_dim), row = head_dim * size_of(plan_.element);
+  // (heads, n, row) of the slot, as rows `first` and up of (heads, n_joined, row).
+  const auto copy = [&](std::size_t from, std::size_t to, int heads, std::size_t first, std::size_t n,
+                        std::size_t n_joined, std::size_t bytes) {
+    for (std::size_t head = 0; n > 0 && head < sz(heads); ++head) {
+      std::memcpy(joined_.data() + to + (head * n_joined + first) * bytes, slot.bytes.data() + from + head * n * bytes,
+                  n * bytes);
+    }
+  };
+  const std::size_t token = sz(layout.first - joined.first), n = sz(layout.n), n_joined = sz(joined.n);
+  const std::size_t query = sz(layout.queries.data() - joined.queries.data());
+  const std::size_t output = sz(layout.outputs.data() - joined.outputs.data());
+  for (std::size_t i = 0; i < layout.at.size(); ++i) {
+    const LayerLayout &from = layout.at[i], &to = joined.at[i];
+    copy(from.k, to.k, plan_.n_kv_heads, token, n, n_joined, row);
+    copy(from.v, to.v, plan_.n_kv_heads, token, n, n_joined, row);
+    copy(from.q, to.q, plan_.n_heads, query, layout.queries.size(), joined.queries.size(), row);
+    copy(from.out, to.out, plan_.n_heads, output, layout.outputs.size(), joined.outputs.size(),
+         head_dim * sizeof(float));
+  }
+}
+
+void Recorder::write_rows(const PacketLayout& layout, std::span<const std::byte> bytes) {
   const std::size_t n = sz(layout.n), m = layout.queries.size(), c = layout.outputs.size();
   const std::size_t head_dim = sz(plan_.head_dim), n_heads = sz(plan_.n_heads), row = head_dim * size_of(plan_.element);
   std::vector<float> out(n_heads * head_dim);  // of one token
@@ -225,7 +275,6 @@ void Recorder::write_rows(const Slot& slot) {
     const int layer = layout.layers[i];
     const LayerLayout& at = layout.at[i];
     const std::size_t kv_bytes = sz(plan_.n_kv_heads) * n * row;
-    const std::span<const std::byte> bytes = slot.bytes;
     const auto k = bytes.subspan(at.k, kv_bytes), v = bytes.subspan(at.v, kv_bytes),
                q = bytes.subspan(at.q, n_heads * m * row),
                outputs = bytes.subspan(at.out, n_heads * c * head_dim * sizeof(float));
@@ -248,15 +297,35 @@ void Recorder::write_rows(const Slot& slot) {
   }
 }
 
-void Recorder::write(Item& item) {
-  if (item.is_slot) {
+void Recorder::write(std::vector<Item>& items) {
+  std::vector<const Slot*> slots;
+  Pos n = 0;
+  for (Item& item : items) {
     if (item.ready) {
-      item.ready();
+      std::exchange(item.ready, nullptr)();
     }
-    write_rows(item.slot);
-  } else {
-    writer_.append_tokens(item.ids, {}, item.logprob, item.pieces);
-    n_tokens_ += static_cast<Pos>(item.ids.size());
+    if (item.is_slot) {
+      slots.push_back(&item.slot);
+      n += item.slot.layout.n;
+    }
+  }
+  if (slots.size() == 1) {
+    write_rows(slots[0]->layout, slots[0]->bytes);
+  } else if (!slots.empty()) {
+    const PacketLayout& first = slots[0]->layout;
+    const std::size_t begin = sz(first.layers.data() - plan_.layers.data());
+    const PacketLayout joined = packet_layout(plan_, first.first, n, begin, begin + first.layers.size());
+    joined_.resize(std::max(joined_.size(), joined.bytes));
+    for (const Slot* slot : slots) {
+      gather(*slot, joined);
+    }
+    write_rows(joined, std::span(joined_).first(joined.bytes));
+  }
+  for (const Item& item : items) {
+    if (!item.is_slot) {
+      writer_.append_tokens(item.ids, {}, item.logprob, item.pieces);
+      n_tokens_ += static_cast<Pos>(item.ids.size());
+    }
   }
 }
 
@@ -276,12 +345,7 @@ void Recorder::work() {
     if (queue_.empty() && closing_) {
       return;
     }
-    Item item;
-    const bool has_item = !queue_.empty();
-    if (has_item) {
-      item = std::move(queue_.front());
-      queue_.pop_front();
-    }
+    std::vector<Item> items = take();
     busy_ = true;
     lock.unlock();
 
@@ -289,17 +353,21 @@ void Recorder::work() {
     std::exception_ptr failure;
     try {
       if (!failed) {
-        if (has_item) {
-          write(item);
-        }
+        write(items);
         if (commit_due()) {
           commit();
         }
-      } else if (item.ready) {
-        item.ready();  // nothing is written any more, but a copy into the slot may still be under way
       }
     } catch (...) {
       failure = std::current_exception();
+    }
+    for (Item& item : items) {
+      try {
+        if (item.ready) {
+          item.ready();  // nothing is written any more, but a copy into the slot may still be under way
+        }
+      } catch (...) {  // said already
+      }
     }
     const double busy = seconds_since(start);
 
@@ -309,10 +377,10 @@ void Recorder::work() {
     }
     busy_ = false;
     rates_.write_seconds += busy;
-    if (has_item && item.is_slot) {
-      free_.push_back(item.slot.index);
-      if (!failure_) {
-        rates_.bytes += item.slot.layout.bytes;
+    for (const Item& item : items) {
+      if (item.is_slot) {
+        free_.push_back(item.slot.index);
+        rates_.bytes += failure_ ? 0 : item.slot.layout.bytes;
       }
     }
     changed_.notify_all();

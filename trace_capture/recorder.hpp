@@ -90,10 +90,12 @@ class Recorder {
     std::vector<std::string> pieces;  // (ids) or empty
   };
   using Clock = std::chrono::steady_clock;
-  void work();             // the writer thread
-  void write(Item& item);  // on the writer thread
-  void write_rows(const Slot& slot);
-  void commit();            // what all layers have
+  void work();                           // the writer thread
+  std::vector<Item> take();              // what is written together, from the queue; may be empty
+  void write(std::vector<Item>& items);  // on the writer thread
+  void write_rows(const PacketLayout& layout, std::span<const std::byte> bytes);
+  void gather(const Slot& slot, const PacketLayout& joined);  // into joined_
+  void commit();                                              // what all layers have
   bool commit_due() const;  // is there something to commit, and has commit_seconds passed?
   void rethrow_failure() const;
 
@@ -107,6 +109,7 @@ class Recorder {
   std::vector<Pos> n_rows_;  // (layers) rows written
   Pos n_tokens_ = 0;         // tokens whose ids are written
   Clock::time_point last_commit_;
+  std::vector<std::byte> joined_;  // packets of single tokens, as one packet
 
   mutable std::mutex mutex_;  // guards all below
   std::condition_variable changed_;

@@ -162,25 +162,35 @@ TEST_CASE("what is recorded pass by pass is what the file holds") {
   check_trace(path, plan, 40);
 }
 
-TEST_CASE("all layers of a step travel in one packet") {
+TEST_CASE("all layers of a step travel in one packet, and steps that wait are written together") {
   const Folder folder;
   const auto path = folder.path / "t.h5";
-  const RecordPlan plan = small_plan(12);
+  const RecordPlan plan = small_plan(40);
+  const bool wait = GENERATE(false, true);
   TraceWriter writer(path, meta_of(plan), plan.capacity, options_of(plan));
   {
-    Recorder recorder(plan, writer, {.stage_bytes = 1 << 20, .max_pass = 1});
-    for (Pos token = 0; token < 12; ++token) {
-      const Recorder::Slot slot = recorder.acquire(token, 1, 0, 2);
+    Recorder recorder(plan, writer, {.stage_bytes = 1 << 20, .max_pass = 6, .commit_seconds = 0});
+    std::atomic<bool> all_there = !wait;
+    for (Pos token = 0; token < 40;) {
+      const Pos n = token == 30 ? 3 : 1;
+      const Recorder::Slot slot = recorder.acquire(token, n, 0, 2);
       for (std::size_t i = 0; i < 2; ++i) {
-        pack(plan, slot.layout, i, rows_of(plan, plan.layers[i], token, 1).view(), slot.bytes);
+        pack(plan, slot.layout, i, rows_of(plan, plan.layers[i], token, n).view(), slot.bytes);
       }
-      recorder.submit(slot);
-      tell_tokens(recorder, token, 1);
+      recorder.submit(slot, [&all_there] {
+        while (!all_there) {
+          std::this_thread::yield();
+        }
+      });
+      tell_tokens(recorder, token, n);
+      token += n;
     }
+    all_there = true;
     recorder.finish();
+    REQUIRE(writer.n_committed() == 40);
   }
   writer.close();
-  check_trace(path, plan, 12);
+  check_trace(path, plan, 40);
 }
 
 TEST_CASE("a decoder that is faster than the file waits, loses nothing, and the wait is counted") {

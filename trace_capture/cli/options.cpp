@@ -25,7 +25,7 @@ constexpr const char* kStray = "words without an option";
 po::options_description description() {
   const auto text = [](const char* name) { return po::value<std::string>()->value_name(name); };
   const auto flag = [] { return po::bool_switch(); };
-  po::options_description input("What is decoded (one of the four)", 100, 60);
+  po::options_description input("What is decoded (prompt, prompt-file, tokens or prompts)", 100, 60);
   input.add_options()                                                                            //
       ("model", text("DIR"), "a Hugging Face model folder")                                      //
       ("prompt", text("TEXT"), "the prompt; needs the model's tokenizer.json")                   //
