@@ -22,7 +22,8 @@
 #include "traces/reader.hpp"
 #include "traces/verify.hpp"
 
-using namespace kvreplay;
+namespace kvreplay {
+
 using nlohmann::json;
 using test::TemporaryFolder;
 
@@ -811,3 +812,5 @@ TEST_CASE("a handle that is closed under a waiting thread is refused") {
     CHECK_FALSE(std::filesystem::exists((folder / "t.h5").string() + ".part"));
   }
 }
+
+}  // namespace kvreplay

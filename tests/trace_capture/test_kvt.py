@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,6 +218,42 @@ def test_threads_write_one_trace(tmp_path, rows):
     assert not failures
     trace.commit(range(TOKENS))
     trace.close()
+    with kvtrace.open(path) as read:
+        assert all(np.array_equal(getattr(read, kind)(layer), rows[layer][kind]) for layer in rows for kind in "kvq")
+
+
+class Tensor:
+    """What Trace asks of a torch tensor, around a numpy array that it says is in a device's memory."""
+
+    def __init__(self, array, device):
+        self.array, self.shape, self.dtype = array, array.shape, f"torch.{array.dtype}"
+        self.device, self.is_cuda = SimpleNamespace(type=device), device == "cuda"
+
+    def detach(self):
+        return self
+
+    def stride(self, axis):
+        return self.array.strides[axis] // self.array.itemsize
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def cpu(self):
+        return Tensor(self.array, "cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_rows_on_a_device_that_the_library_cannot_read_go_through_the_host(tmp_path, rows, monkeypatch, device):
+    streams = []
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(
+        current_stream=lambda of: streams.append(of) or SimpleNamespace(cuda_stream=0))))
+    path = tmp_path / "t.h5"
+    with Trace(path, meta()) as trace:
+        for layer, kinds in rows.items():
+            for kind, array in kinds.items():
+                trace.append(layer, kind, 0, Tensor(array, device))
+        trace.commit(range(TOKENS))
+    assert len(streams) == (device == "cuda")  # asked once, and then copied at once
     with kvtrace.open(path) as read:
         assert all(np.array_equal(getattr(read, kind)(layer), rows[layer][kind]) for layer in rows for kind in "kvq")
 
