@@ -332,6 +332,21 @@ TEST_CASE("cuda decoder: two runs give the same bits, however small the recorder
   REQUIRE(record(*make_cuda_decoder(model, capacity), config, plan, ids, passes) == first);
 }
 
+TEST_CASE("cuda decoder: packets are not packed anew before they were copied") {
+  const ModelConfig config = small_config();
+  const Pos capacity = 24;
+  const Model model = random_model(config, ElementType::bf16);
+  const auto cuda = make_cuda_decoder(model, capacity);
+  const std::vector<std::int32_t> ids = some_ids(config, capacity);
+  const RecordPlan plan = plan_of(config, capacity, ElementType::bf16);
+  const std::vector<Pos> passes(sz(capacity), 1);
+  Recorder::Options options;
+  options.memory = pinned_memory();
+  const std::vector<Rows> many_slots = record(*cuda, config, plan, ids, passes, options);
+  options.stage_bytes = 1;  // two slots: the writer is never more than two packets behind
+  REQUIRE(record(*cuda, config, plan, ids, passes, options) == many_slots);
+}
+
 TEST_CASE("cuda decoder: chosen layers, queries and outputs are those of the whole trace") {
   const ModelConfig config = small_config();
   const Pos capacity = 80;
