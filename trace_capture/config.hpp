@@ -33,7 +33,7 @@ struct ModelConfig {
   double norm_eps = 1e-6;
   double attention_scale = 0;  // 1 / sqrt(head_dim)
   bool qkv_bias = false, o_bias = false, mlp_bias = false, qk_norm = false, tied_embeddings = false;
-  std::vector<int> sliding_window;  // (n_layers), 0 = none
+  std::vector<int> sliding_window;  // (n_layers) tokens that a token sees, itself among them; 0 = all
   RopeConfig rope;
   std::int32_t bos_id = -1;           // -1 = none
   std::vector<std::int32_t> eos_ids;  // generation_config.json adds its own

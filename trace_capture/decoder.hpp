@@ -17,14 +17,16 @@ class Decoder {
  public:
   virtual ~Decoder() = default;
 
-  virtual void reset() = 0;              // a new sequence
-  virtual Pos n_past() const = 0;        // tokens passed so far
-  virtual Pos max_pass() const = 0;      // tokens that one pass takes at most
+  virtual void reset() = 0;        // a new sequence
+  virtual Pos n_past() const = 0;  // tokens passed so far
+  // Tokens that one pass takes at most. Under dynamic RoPE scaling beyond the model's context this is the capacity: the
+  // prompt has to come in one pass, for its rotation depends on its length.
+  virtual Pos max_pass() const = 0;
   virtual std::string name() const = 0;  // "cpu", "cuda: NVIDIA H200", for provenance
 
   // Passes ids through every layer, at positions n_past() and up; queries, keys, values and attention outputs go to
-  // the recorder, where there is one. Throws std::invalid_argument beyond the capacity or for an id outside the
-  // vocabulary, DeviceError.
+  // the recorder, where there is one. Throws std::invalid_argument for no token, more than max_pass(), tokens beyond
+  // the capacity or an id outside the vocabulary (the sequence is then as before), DeviceError.
   virtual void pass(std::span<const std::int32_t> ids, Recorder* recorder) = 0;
 
   // Of the last pass of n tokens. row i in [0, n): after its token i.

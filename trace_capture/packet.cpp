@@ -1,6 +1,7 @@
 #include "trace_capture/packet.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "policies/errors.hpp"
@@ -52,6 +53,25 @@ PacketLayout packet_layout(const RecordPlan& plan, Pos first, Pos n, std::size_t
 std::size_t largest_packet(const RecordPlan& plan, Pos n, std::size_t n_layers) {
   const std::size_t m = std::min(sz(n), plan.queries.size()), c = std::min(sz(n), plan.outputs.size());
   return n_layers * layer_layout(plan, 0, n, m, c).end;
+}
+
+void round_to(ElementType element, std::span<float> values) {
+  if (element == ElementType::f32) {
+    return;
+  }
+  constexpr std::size_t kPiece = 1024;
+  std::byte narrowed[kPiece * 2];
+  float rounded[kPiece];
+  for (std::size_t begin = 0; begin < values.size(); begin += kPiece) {
+    const auto piece = values.subspan(begin, std::min(kPiece, values.size() - begin));
+    narrow(element, piece, narrowed);
+    if (widen(element, narrowed, std::span(rounded, piece.size()))) {
+      std::copy_n(rounded, piece.size(), piece.data());
+    } else {
+      std::transform(piece.begin(), piece.end(), rounded, piece.begin(),
+                     [](float value, float now) { return std::isfinite(now) ? now : value; });
+    }
+  }
 }
 
 void pack(const RecordPlan& plan, const PacketLayout& layout, std::size_t index, const LayerRows& rows,

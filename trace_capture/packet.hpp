@@ -41,6 +41,10 @@ PacketLayout packet_layout(const RecordPlan& plan, Pos first, Pos n, std::size_t
 // Bytes that a packet of any n tokens and n_layers layers may need at most.
 std::size_t largest_packet(const RecordPlan& plan, Pos n, std::size_t n_layers);
 
+// Rounds values to what the file will hold of them. A backend does so before attention, which then sees just that: its
+// outputs can be recomputed from the trace. What the element type cannot hold is left as it is, and refused later.
+void round_to(ElementType element, std::span<float> values);
+
 // One layer's rows of a pass, float32, token-major: q, out (n, n_heads, head_dim), k, v (n, n_kv_heads, head_dim). q
 // may be empty where none of the tokens has its query stored, and out likewise.
 struct LayerRows {

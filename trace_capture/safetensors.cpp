@@ -259,7 +259,8 @@ Safetensors::Entry Safetensors::File::entry(const std::string& name, const json&
 Safetensors::Safetensors(const std::filesystem::path& folder) {
   std::error_code error;
   const std::filesystem::path single = folder / kSingle, index = folder / kIndex;
-  if (std::filesystem::exists(single, error)) {
+  // A link that leads nowhere, as an interrupted download leaves it, is there too: opening it says so.
+  if (std::filesystem::exists(std::filesystem::symlink_status(single, error))) {
     files_.push_back(std::make_unique<File>(single));
     entries_ = files_.back()->entries();
     return;

@@ -14,7 +14,7 @@
 namespace kvreplay {
 
 // A view of one tensor, row-major, little-endian, in the mapped file: valid as long as the Safetensors it came from.
-// The data need not be aligned beyond its element.
+// The data are aligned to their element, and no further.
 struct Tensor {
   const std::byte* data = nullptr;  // nullptr = not in this model
   ElementType type = ElementType::f32;

@@ -2,12 +2,12 @@
 
 #include <omp.h>
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
 
+#include "trace_capture/cpu/lane_array.hpp"
 #include "trace_capture/cpu/product.hpp"
 
 namespace kvreplay {
@@ -17,7 +17,7 @@ using Index = std::ptrdiff_t;
 using Lanes = std::array<float, kBlockLanes>;
 
 constexpr Index kKeys = 128;                     // keys of one block
-constexpr Index kWorthThreads = Index{1} << 15;  // multiplications
+constexpr Index kWorthThreads = Index{1} << 17;  // multiplications
 constexpr float kNegligible = -87;               // of a logit below the maximum: e^-87 is the smallest normal float
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -43,13 +43,19 @@ struct Softmax {
       reference[i] = std::isinf(reference[i]) && reference[i] < 0 ? 0.0F : reference[i];  // no key of its own yet
       decay[i] = std::exp(old - reference[i]);
     }
-    const Eigen::Map<const Eigen::ArrayXf> from(reference.data(), lanes);
-    Eigen::Map<Eigen::ArrayXf> total(block_sum.data(), lanes);
-    for (Index j = 0; j < keys; ++j) {
-      Eigen::Map<Eigen::ArrayXf> row(logits + j * lanes, lanes);
-      row -= from;
-      row = (row <= kNegligible).select(0.0F, row.exp());  // in this order a NaN stays one
-      total += row;
+    for (Index i = 0; i < lanes; i += kLanes) {
+      const LaneArray from = lanes_at(reference.data() + i);
+      LaneArray total = LaneArray::Zero();
+      for (Index j = 0; j < keys; ++j) {
+        const LaneArray below = lanes_at(logits + j * lanes + i) - from;
+        LaneArray weight = below.exp();
+        for (int lane = 0; lane < kLanes; ++lane) {
+          weight[lane] = below[lane] <= kNegligible ? 0.0F : weight[lane];  // in this order a NaN stays one
+        }
+        lanes_at(logits + j * lanes + i) = weight;
+        total += weight;
+      }
+      lanes_at(block_sum.data() + i) = total;
     }
     for (std::size_t i = 0; i < static_cast<std::size_t>(lanes); ++i) {
       sum[i] = sum[i] * static_cast<double>(decay[i]) + static_cast<double>(block_sum[i]);

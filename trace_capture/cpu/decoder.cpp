@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 #include <omp.h>
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "trace_capture/cpu/linear.hpp"
 #include "trace_capture/cpu/norm.hpp"
 #include "trace_capture/cpu/rotation.hpp"
+#include "trace_capture/cpu/swiglu.hpp"
 #include "trace_capture/recorder.hpp"
 
 namespace kvreplay {
@@ -22,8 +22,8 @@ namespace {
 using Index = std::ptrdiff_t;
 
 constexpr Pos kMaxPass = 512;
-constexpr Index kLogitRows = 32;                 // rows of logits computed at a time
-constexpr Index kWorthThreads = Index{1} << 15;  // elements
+constexpr Index kLogitRows = 64;                 // rows of logits computed at a time
+constexpr Index kWorthThreads = Index{1} << 17;  // elements
 
 std::size_t sz(Index n) { return static_cast<std::size_t>(n); }
 
@@ -230,6 +230,11 @@ class CpuDecoder final : public Decoder {
     norm_heads(k, layer.k_norm);
     rotation_.apply(q);
     rotation_.apply(k);
+    if (recorder != nullptr) {
+      for (const Rows& rows : {q, k, v}) {
+        round_to(recorder->plan().element, {rows.data, sz(rows.n * rows.width)});
+      }
+    }
     remember(k, layer.k.get());
     remember(v, layer.v.get());
     const Rows out = out_.rows(n, q_width());
@@ -250,10 +255,7 @@ class CpuDecoder final : public Decoder {
     const Rows gate = gate_.rows(x.n, config_.intermediate), up = up_.rows(x.n, config_.intermediate);
     linear_.apply(weights.gate, weights.gate_bias, x, gate);
     linear_.apply(weights.up, weights.up_bias, x, up);
-    for_each_row(gate, [&](Rows row) {  // gate = silu(gate) * up
-      Eigen::Map<Eigen::ArrayXf> g(row.data, row.width);
-      g *= Eigen::Map<const Eigen::ArrayXf>(up.data + (row.data - gate.data), row.width) / (1 + (-g).exp());
-    });
+    for_each_row(gate, [&](Rows row) { swiglu(row.data, up.data + (row.data - gate.data), sz(row.width)); });
     const Rows projected = normed_.rows(x.n, config_.hidden);
     linear_.apply(weights.down, weights.down_bias, as_const(gate), projected);
     add(projected, hidden);

@@ -12,22 +12,11 @@ using Index = std::ptrdiff_t;
 
 constexpr Index kPanel = 24;                     // weight rows that are widened together
 constexpr Index kDepth = 512;                    // inputs of them at a time
-constexpr Index kPiece = 1024;                   // inputs at a time, for one row of x
 constexpr Index kMaxRows = 512;                  // rows of x at a time
-constexpr Index kWorthThreads = Index{1} << 15;  // multiplications
+constexpr Index kWorthThreads = Index{1} << 17;  // multiplications
 constexpr auto round_up = [](Index n, Index unit) { return (n + unit - 1) / unit * unit; };
 
 std::size_t sz(Index n) { return static_cast<std::size_t>(n); }
-
-// `n` elements from row `row`, column `first` of a matrix, widened into `buffer`, or where they lie if they are floats.
-const float* widened(const Tensor& weight, Index row, Index first, Index n, float* buffer) {
-  const std::byte* data = weight.data + sz(row * weight.shape[1] + first) * size_of(weight.type);
-  if (weight.type == ElementType::f32) {
-    return reinterpret_cast<const float*>(data);
-  }
-  widen(weight.type, data, {buffer, sz(n)});
-  return buffer;
-}
 
 }  // namespace
 
@@ -57,13 +46,7 @@ void Linear::apply_to_one(const Tensor& weight, const float* x, float* y) const 
   const Index outputs = weight.shape[0], inputs = weight.shape[1];
 #pragma omp parallel for num_threads(threads_) schedule(static) if (outputs * inputs > kWorthThreads)
   for (Index row = 0; row < outputs; ++row) {
-    alignas(64) float buffer[kPiece];
-    Dot dot;
-    for (Index first = 0; first < inputs; first += kPiece) {
-      const Index n = std::min(kPiece, inputs - first);
-      dot.add(widened(weight, row, first, n, buffer), x + first, sz(n));
-    }
-    y[row] = dot.sum();
+    y[row] = dot(weight.type, weight.data + sz(row * inputs) * size_of(weight.type), x, sz(inputs));
   }
 }
 

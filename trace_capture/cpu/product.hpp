@@ -4,13 +4,17 @@
 #pragma once
 #include <cstddef>
 
+#include "traces/widen.hpp"
+
 namespace kvreplay {
 
 // One vector register of floats, loaded from any address.
 #ifdef __AVX512F__
 constexpr int kLanes = 16, kVectors = 4;
-#else
+#elif defined(__AVX__)
 constexpr int kLanes = 8, kVectors = 2;
+#else
+constexpr int kLanes = 4, kVectors = 2;
 #endif
 constexpr int kBlockLanes = kLanes * kVectors;  // lanes of one block of the right factor
 
@@ -25,14 +29,7 @@ struct Strided {
 void add_product(int rows, int depth, int lanes, Strided a, const float* b, std::ptrdiff_t b_row, float* c,
                  std::ptrdiff_t c_row);
 
-// sum over i of a[i] * b[i], in 4 * kLanes partial sums that `Dot` carries from one piece of the rows to the next.
-class Dot {
- public:
-  void add(const float* a, const float* b, std::size_t n);
-  float sum() const;
-
- private:
-  float partial_[4 * kLanes] = {};
-};
+// sum over i of a[i] * b[i]; the n elements of a lie as `type` says and are widened on their way into the registers.
+float dot(ElementType type, const std::byte* a, const float* b, std::size_t n);
 
 }  // namespace kvreplay

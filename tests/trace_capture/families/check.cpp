@@ -1,6 +1,6 @@
-// check family FOLDER...             every tensor's distance from FOLDER/reference; exit 1 if one is beyond 1e-4
-// check reference MODEL FOLDER       the same with the reference in another folder
-// check greedy MODEL REFERENCE.json  do the greedy tokens come out? exit 1 if not
+// check_decoder family FOLDER...             every tensor's distance from FOLDER/reference; exit 1 if beyond 1e-4
+// check_decoder reference MODEL FOLDER       the same with the reference in another folder
+// check_decoder greedy MODEL REFERENCE.json  do the greedy tokens come out? exit 1 if not
 #include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -65,11 +65,12 @@ int main(int argc, char** argv) try {
   } else if (what == "greedy" && argc == 4) {
     right = check_greedy(argv[2], argv[3]);
   } else {
-    std::fprintf(stderr, "usage: check family FOLDER... | reference MODEL FOLDER | greedy MODEL REFERENCE.json\n");
+    std::fprintf(stderr,
+                 "usage: check_decoder family FOLDER... | reference MODEL FOLDER | greedy MODEL REFERENCE.json\n");
     return 2;
   }
   return right ? 0 : 1;
 } catch (const std::exception& error) {
-  std::fprintf(stderr, "check: %s\n", error.what());
+  std::fprintf(stderr, "check_decoder: %s\n", error.what());
   return 1;
 }
