@@ -1,7 +1,7 @@
 // The part of CUDA's runtime that trace_capture/cuda uses, run on the processor, so that tests execute every kernel
 // and all of the host code where there is no GPU and no CUDA. It is as unkind as the real thing may be: work on a
-// stream is done only when something waits for it, device memory begins as NaN, copies from page-locked memory read it
-// late, and lanes that miss a barrier are an error.
+// stream is done only when something waits for it (or at once: see emulation.cpp), device memory begins as NaN, copies
+// from page-locked memory read it late, and lanes that miss a barrier are an error.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -3,6 +3,8 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -12,6 +14,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "trace_capture/cuda/element.hpp"
@@ -22,8 +25,11 @@ alignas(16) thread_local float kvreplay_shared[emulation::kSharedBytes / sizeof(
 
 thread_local dim3 threadIdx, blockIdx;
 
-// Streams are queues. An event is a place in one. Nothing runs before something waits for it.
+// Streams are queues. An event is a place in one. Nothing runs before something waits for it, but in the streams that
+// KVREPLAY_EMULATED_EAGER names (even or odd, in the order in which they were created): there everything runs at once.
+// Where streams are not ordered as they should be, one of the two shows it.
 struct CUstream_st {
+  bool eager = false;
   std::deque<std::function<void()>> queue;
   std::uint64_t n_enqueued = 0, n_done = 0;
   bool running = false;
@@ -39,7 +45,9 @@ struct cublasContext {
 namespace kvreplay::emulation {
 namespace {
 
+const char* const eager = std::getenv("KVREPLAY_EMULATED_EAGER");
 std::recursive_mutex mutex;
+std::atomic<std::uint64_t> n_enqueued_ever{0};
 int device_count = 1;
 std::size_t device_bytes = std::size_t{1} << 30, used_bytes = 0;
 std::map<const std::byte*, std::size_t> device_memory, pinned_memory;  // begin, bytes
@@ -201,6 +209,10 @@ void enqueue(cudaStream_t stream, std::function<void()> work) {
   const std::lock_guard lock(mutex);
   stream_of(stream).queue.push_back(std::move(work));
   ++stream_of(stream).n_enqueued;
+  ++n_enqueued_ever;
+  if (stream_of(stream).eager) {
+    run_until(stream_of(stream), stream_of(stream).n_enqueued);
+  }
 }
 
 void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel) {
@@ -342,7 +354,9 @@ cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, 
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  static std::atomic<int> n_streams{0};
   *stream = new CUstream_st;
+  (*stream)->eager = eager != nullptr && (n_streams++ % 2 == 0) == (std::strcmp(eager, "even") == 0);
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -377,6 +391,13 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (eager != nullptr) {  // as late as can be: when nobody has anything to enqueue any more
+    std::uint64_t before = 0;
+    do {
+      before = n_enqueued_ever;
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    } while (before != n_enqueued_ever);
+  }
   const std::lock_guard lock(mutex);
   if (event->stream != nullptr) {
     run_until(*event->stream, event->place);
