@@ -434,8 +434,8 @@ TEST_CASE("a damaged file is either read or refused") {
       const std::size_t reach = trial % 2 == 0 ? std::min<std::size_t>(damaged.size(), 2500) : damaged.size();
       for (int changes = 1 + trial % 3; changes > 0; --changes) {
         const std::size_t at = random() % reach;
-        const char* const replacements = "0123456789{}[]\",:\\anultrue \xc3\xff";
-        damaged[at] = trial % 5 == 0 ? static_cast<char>(random() % 256) : replacements[random() % 32];
+        const std::string replacements = "0123456789{}[]\",:\\anultrue \xc3\xff";
+        damaged[at] = trial % 5 == 0 ? static_cast<char>(random() % 256) : replacements[random() % replacements.size()];
       }
       const Folder folder(damaged);
       const std::string message = error_of([&] {
