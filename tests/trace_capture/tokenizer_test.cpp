@@ -182,6 +182,31 @@ TEST_CASE("added tokens are cut out, the longest first, with the spaces they cla
   CHECK(tokenizer.decode(tokenizer.encode("a \t[l]b[r] \u3000c")) == "a [l] b [r] c");
 }
 
+TEST_CASE("added tokens do not overlap") {
+  json file = small_file();
+  file["added_tokens"] =
+      json::parse(R"([{"id": 6, "content": "xx"}, {"id": 7, "content": "xyx", "single_word": true}])");
+  const Tokenizer tokenizer = open(file);
+  CHECK(tokenizer.encode("xxxa") == Ids{6, 0});    // the third x has no token
+  CHECK(tokenizer.encode("axyxxa") == Ids{0, 0});  // xyx is no word here, and xx inside of it is not looked for
+}
+
+TEST_CASE("prepend_scheme first means the first word of the whole text") {
+  json file = small_file();
+  file["model"]["vocab"]["_"] = 6;
+  file["added_tokens"] = json::parse(R"([{"id": 7, "content": "<s>"}])");
+  file["pre_tokenizer"] = json::parse(R"({"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"String": "b"}, "behavior": "Isolated", "invert": false},
+    {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"}]})");
+  CHECK(open(file).encode("aba c") == Ids{6, 0, 1, 0, 6, 2});
+  CHECK(open(file).encode("<s>a") == Ids{7, 0});
+  file["pre_tokenizer"]["pretokenizers"][1]["prepend_scheme"] = "always";
+  CHECK(open(file).encode("aba c") == Ids{6, 0, 6, 1, 6, 0, 6, 2});
+  CHECK(open(file).encode("<s>a") == Ids{7, 6, 0});
+  file["pre_tokenizer"]["pretokenizers"][1]["prepend_scheme"] = "never";
+  CHECK(open(file).encode("aba c") == Ids{0, 1, 0, 6, 2});
+}
+
 TEST_CASE("a text that is not UTF-8 is refused at its first bad byte") {
   const Tokenizer tokenizer = open(small_file());
   const auto error = [&](const std::string& text) { return error_of([&] { tokenizer.encode(text); }); };
@@ -224,6 +249,14 @@ TEST_CASE("half a character decodes to a replacement") {
   REQUIRE(ids.size() > 2);
   ids.pop_back();
   CHECK(tokenizer.decode(ids) == " a\ufffd");
+
+  // With byte fallback there is one for each byte of a run that is no text.
+  const Tokenizer fallback(kTokenizers / "llama2");
+  ids = fallback.encode("\U000f0000", false);
+  REQUIRE(ids.size() == 5);  // the space in front and four bytes
+  CHECK(fallback.decode(ids) == "\U000f0000");
+  ids.pop_back();
+  CHECK(fallback.decode(ids) == "\ufffd\ufffd\ufffd");
 }
 
 TEST_CASE("a word of a million letters takes no quadratic time") {
@@ -401,8 +434,8 @@ TEST_CASE("a damaged file is either read or refused") {
       const std::size_t reach = trial % 2 == 0 ? std::min<std::size_t>(damaged.size(), 2500) : damaged.size();
       for (int changes = 1 + trial % 3; changes > 0; --changes) {
         const std::size_t at = random() % reach;
-        const char* const replacements = "0123456789{}[]\",:\\anultrue \xc3\xff";
-        damaged[at] = trial % 5 == 0 ? static_cast<char>(random() % 256) : replacements[random() % 32];
+        const std::string replacements = "0123456789{}[]\",:\\anultrue \xc3\xff";
+        damaged[at] = trial % 5 == 0 ? static_cast<char>(random() % 256) : replacements[random() % replacements.size()];
       }
       const Folder folder(damaged);
       const std::string message = error_of([&] {

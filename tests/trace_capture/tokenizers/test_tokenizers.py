@@ -91,6 +91,9 @@ VARIANTS = [("llama3", "pre_tokenizer", {"type": "Sequence", "pretokenizers": [s
     ("llama2", "decoder", {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": True}),
     ("llama2", "decoder", {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "\u2581"},
                                                             "content": " "}, {"type": "ByteFallback"}]}),
+    ("mistral", "pre_tokenizer", {"type": "Sequence", "pretokenizers": [
+        split(",", "Isolated", kind="String"),
+        {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}]}),
     ("mistral", "added_tokens", [
         {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
          "special": i != 2} for i, content in enumerate(("<unk>", "<s>", "</s>"))]),
