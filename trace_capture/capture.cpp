@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 
 #include "policies/errors.hpp"
 #include "trace_capture/errors.hpp"
@@ -14,6 +15,8 @@ namespace kvreplay {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr float kUnknown = std::numeric_limits<float>::quiet_NaN();
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -136,7 +139,7 @@ class Passes {
   const Pos total_, prompt_len_;
   const Clock::time_point start_ = Clock::now();
   Pos done_ = 0;
-  float next_logprob_ = 0;      // of the token after those passed; the first token has none, stored as 0
+  float next_logprob_ = kUnknown;  // of the token after those passed; nothing predicts the first
   std::vector<float> logprob_;  // of a pass and the token after it
   std::vector<std::string> pieces_;
 };

@@ -21,6 +21,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 
 constexpr std::align_val_t kAlign{64};
 constexpr Pos kJoined = 16;  // tokens that are written at once at most, where they came one by one
+constexpr std::size_t kMaxSlots = 64;  // more would not help, and pinned memory is slow to take
 
 // Exponents of all ones are infinite or NaN. A plain reduction, which compilers vectorise.
 template <typename Bits>
@@ -80,7 +81,7 @@ Recorder::Recorder(RecordPlan plan, TraceWriter& writer, Options options)
   options_.max_pass = std::min(options_.max_pass, plan_.capacity);
   slot_bytes_ = std::max(largest_packet(plan_, options_.max_pass, 1), largest_packet(plan_, 1, plan_.layers.size()));
   n_rows_.resize(plan_.layers.size(), 0);
-  const std::size_t n = std::max<std::size_t>(2, options_.stage_bytes / slot_bytes_);
+  const std::size_t n = std::clamp<std::size_t>(options_.stage_bytes / slot_bytes_, 2, kMaxSlots);
   try {
     slots_.reserve(n);
     free_.reserve(n);
