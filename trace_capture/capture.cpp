@@ -140,7 +140,7 @@ class Passes {
   const Clock::time_point start_ = Clock::now();
   Pos done_ = 0;
   float next_logprob_ = kUnknown;  // of the token after those passed; nothing predicts the first
-  std::vector<float> logprob_;  // of a pass and the token after it
+  std::vector<float> logprob_;     // of a pass and the token after it
   std::vector<std::string> pieces_;
 };
 

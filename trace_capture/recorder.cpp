@@ -20,7 +20,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 constexpr std::align_val_t kAlign{64};
-constexpr Pos kJoined = 16;  // tokens that are written at once at most, where they came one by one
+constexpr Pos kJoined = 16;            // tokens that are written at once at most, where they came one by one
 constexpr std::size_t kMaxSlots = 64;  // more would not help, and pinned memory is slow to take
 
 // Exponents of all ones are infinite or NaN. A plain reduction, which compilers vectorise.
