@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <limits>
+#include <stdexcept>
+#include <utility>
 
 #include "policies/errors.hpp"
 #include "trace_capture/errors.hpp"
@@ -96,6 +99,13 @@ class Passes {
       logprob_[0] = next_logprob_;
       if (!next.empty()) {
         decoder_.log_probabilities(next, std::span(logprob_).subspan(1, next.size()));
+      }
+      const auto known = std::span(std::as_const(logprob_)).subspan(1, next.size());
+      if (!std::all_of(known.begin(), known.end(), [](float value) { return std::isfinite(value); })) {
+        throw std::runtime_error(fmt::format(
+            "the logits of tokens {} to {} are not all finite: these weights do not compute, or not in this "
+            "precision",
+            done_, done_ + n - 1));
       }
       next_logprob_ = logprob_[next.size()];
       tell(here, std::span<const float>(logprob_).first(at(n)));
@@ -225,7 +235,7 @@ Captured capture(const Model& model, Decoder& decoder, const Sequence& sequence,
       try {
         decode(decoder, recorder, sequence, tokenizer, options, model.config, watch, captured);
         recorder.finish();
-      } catch (const DeviceError&) {
+      } catch (const std::runtime_error&) {
         recorder.finish();  // what was decoded is kept; a failure of the writer thread would have come first
         throw;
       }
@@ -248,6 +258,8 @@ Captured capture(const Model& model, Decoder& decoder, const Sequence& sequence,
     throw TraceError(keep_part(writer, out, error.what()));
   } catch (const DeviceError& error) {
     throw DeviceError(keep_part(writer, out, error.what()));
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(keep_part(writer, out, error.what()));
   } catch (...) {
     if (writer.n_committed() == 0) {
       writer.discard();

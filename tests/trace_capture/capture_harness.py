@@ -42,7 +42,7 @@ def write_safetensors(path, tensors):
     pathlib.Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def make_model(folder, vocab=VOCAB, scale_v=1.0, seed=1, **config):
+def make_model(folder, vocab=VOCAB, scale_v=1.0, scale_logits=1.0, seed=1, **config):
     """A Llama of random weights."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,8 @@ def make_model(folder, vocab=VOCAB, scale_v=1.0, seed=1, **config):
     def weight(*shape):
         return rng.standard_normal(shape) / np.sqrt(shape[-1])
 
-    tensors = {"model.embed_tokens.weight": rng.standard_normal((vocab, HIDDEN)), "model.norm.weight": np.ones(HIDDEN)}
+    tensors = {"model.embed_tokens.weight": rng.standard_normal((vocab, HIDDEN)),
+               "model.norm.weight": np.full(HIDDEN, scale_logits)}
     for layer in range(N_LAYERS):
         at = f"model.layers.{layer}."
         tensors |= {

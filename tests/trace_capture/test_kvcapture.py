@@ -396,6 +396,16 @@ def test_values_beyond_f16_are_refused_with_the_way_out(tmp_path):
     assert_verified(tmp_path / "a.h5")
 
 
+def test_logits_that_are_not_finite_are_refused(tmp_path):
+    broken = make_model(tmp_path / "broken", scale_logits=3e38)
+    out = ("--out", tmp_path / "a.h5")
+    ids = ids_file(tmp_path, [1, 2, 3])
+    assert_refused(kvcapture("--model", broken, "--tokens", ids, "--max-new-tokens", 2, *out), 1, "finite")
+    read = ids_file(tmp_path, [1, 2, 3], decode=[4, 5])
+    assert_refused(kvcapture("--model", broken, "--tokens", read, "--teacher-forced", *out), 1, "finite")
+    assert sorted(os.listdir(tmp_path)) == ["broken", "ids.json"]
+
+
 def test_no_gpu_is_exit_4(model, tmp_path):
     if "cuda=ON" in kvcapture("--version").stdout:
         pytest.skip("built with CUDA")

@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const Placing<T> p) {
     const int c = lane + 32 * i;
     if (c < half) {
       const Pair y = is_v ? x[i] : rotate(x[i], rotation[2 * c], rotation[2 * c + 1]);
-      to[c] = from_float<T>(y.first);
-      to[c + half] = from_float<T>(y.second);
+      to[c] = round_to<T>(p.stored, y.first);
+      to[c + half] = round_to<T>(p.stored, y.second);
     }
   }
 }

@@ -282,7 +282,8 @@ class CudaDecoder final : public Decoder {
     float* table = host_rotation_.as<float>();
     for (Pos pos = begin; pos < end; ++pos) {
       for (std::size_t c = 0; c < dim / 2; ++c) {
-        const double angle = pos * rope_.inv_freq[c];
+        // In float32, as the CPU backend and transformers: from some thousand tokens on its rounding is felt.
+        const double angle = static_cast<double>(static_cast<float>(pos) * static_cast<float>(rope_.inv_freq[c]));
         table[sz(pos) * dim + 2 * c] = static_cast<float>(std::cos(angle) * rope_.attention_factor);
         table[sz(pos) * dim + 2 * c + 1] = static_cast<float>(std::sin(angle) * rope_.attention_factor);
       }
@@ -324,7 +325,8 @@ class CudaDecoder final : public Decoder {
     rms_norm(work_.x, weights.attention_norm, work_.normed, n, config_.hidden, eps(), stream());
     multiply(weights.qkv, work_.normed, work_.qkv, n, q_width + 2 * kv_width, config_.hidden, false);
     place(Placing<T>{work_.qkv, weights.qkv_bias, weights.q_norm, weights.k_norm, work_.rotation, q, k, v, n, n_past_,
-                     config_.n_heads, config_.n_kv_heads, config_.head_dim, capacity_, eps()},
+                     config_.n_heads, config_.n_kv_heads, config_.head_dim, capacity_, eps(),
+                     recorder != nullptr ? recorder->plan().element : kElement<T>},
           stream());
     attend(Attention<T>{q, k, v, work_.attn, recorded >= 0 ? work_.out + place_at : nullptr, work_.part, n, n_past_,
                         config_.n_heads, config_.n_kv_heads, config_.head_dim, capacity_,

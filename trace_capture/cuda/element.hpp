@@ -110,6 +110,21 @@ KVREPLAY_BOTH inline F16 from_float<F16>(float x) {
 #endif
 }
 
+// x as a T that the file's element type holds too, so that attention sees just what is stored. What the file cannot
+// hold is left as it is, and refused by the recorder.
+template <class T>
+KVREPLAY_BOTH inline T round_to(ElementType stored, float x) {
+  const T value = from_float<T>(x);
+  if (stored == kElement<T> || stored == ElementType::f32) {
+    return value;
+  }
+  const float wide = to_float(value);
+  const T rounded =
+      from_float<T>(stored == ElementType::f16 ? to_float(from_float<F16>(wide)) : to_float(from_float<Bf16>(wide)));
+  const bool finite = (bits_of(to_float(rounded)) & 0x7F800000U) != 0x7F800000U;
+  return finite ? rounded : value;
+}
+
 // One 16-byte access.
 struct alignas(16) Words {
   std::uint32_t word[4];

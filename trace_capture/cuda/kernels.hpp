@@ -49,6 +49,7 @@ struct Placing {
   T* v;                   // (n_kv_heads, capacity, head_dim)
   int n, past, n_heads, n_kv_heads, head_dim, capacity;
   float eps;
+  ElementType stored = kElement<T>;  // what q, k and v are rounded to as well
 };
 template <class T>
 void place(const Placing<T>& placing, Stream stream);
