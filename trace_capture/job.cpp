@@ -26,14 +26,14 @@ constexpr std::uint64_t kMaxFile = std::uint64_t{1} << 30;
 // `line`: of the text's first character.
 json parse(std::string_view text, const std::string& file, std::size_t line) {
   try {
-    return json::parse(text);
+    return json::parse(text, depth_and_names(fmt::format("{}:{}", file, line), Names::unique));
   } catch (const json::parse_error& error) {
     const std::size_t at = std::min(error.byte > 0 ? error.byte - 1 : 0, text.size());
     const auto newlines = std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(at), '\n');
     refuse(fmt::format("{}:{}", file, line + static_cast<std::size_t>(newlines)),
            at >= text.size() ? "the JSON ends too early" : fmt::format("no JSON at {}", shown(text.substr(at, 20))));
   } catch (const json::exception& error) {
-    refuse(fmt::format("{}:{}", file, line), error.what());
+    refuse(fmt::format("{}:{}", file, line), "a number in it is too large");
   }
 }
 

@@ -32,26 +32,30 @@ std::string read_text(const std::filesystem::path& path, std::uint64_t max_bytes
   if (std::filesystem::is_directory(path, error)) {
     throw ConfigError(fmt::format("{}: expected a file, found a folder", path.string()));
   }
-  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  std::ifstream file(path, std::ios::binary);
   if (!file) {
     throw ConfigError(fmt::format("{}: cannot be opened: {}", path.string(), std::generic_category().message(errno)));
   }
-  const auto size = static_cast<std::int64_t>(file.tellg());
-  if (size < 0 || static_cast<std::uint64_t>(size) > max_bytes) {
-    throw ConfigError(fmt::format("{}: expected at most {} bytes, found {}", path.string(), max_bytes, size));
+  // To its end, and not as many bytes as it says it has: a pipe has no size.
+  std::string text;
+  std::vector<char> block(std::size_t{1} << 16);
+  while (file.read(block.data(), std::ssize(block)) || file.gcount() > 0) {
+    text.append(block.data(), static_cast<std::size_t>(file.gcount()));
+    if (text.size() > max_bytes) {
+      throw ConfigError(fmt::format("{}: expected at most {} bytes, found more", path.string(), max_bytes));
+    }
   }
-  std::string text(static_cast<std::size_t>(size), '\0');
-  file.seekg(0);
-  if (!file.read(text.data(), size)) {
+  if (file.bad()) {
     throw ConfigError(fmt::format("{}: cannot be read", path.string()));
   }
   return text;
 }
 
-nlohmann::json parse_object(std::string_view text, const std::string& where, Names names) {
+nlohmann::json::parser_callback_t depth_and_names(const std::string& where, Names names) {
   using Event = nlohmann::json::parse_event_t;
-  std::vector<std::set<std::string>> seen;  // names of the objects that are open, outermost first
-  const auto watch = [&](int depth, Event event, nlohmann::json& parsed) {
+  // seen: names of the objects that are open, outermost first
+  return [where, names, seen = std::vector<std::set<std::string>>()](int depth, Event event,
+                                                                     nlohmann::json& parsed) mutable {
     if (depth > kMaxDepth) {
       throw ConfigError(fmt::format("{}: JSON is nested deeper than {} levels", where, kMaxDepth));
     }
@@ -66,9 +70,12 @@ nlohmann::json parse_object(std::string_view text, const std::string& where, Nam
     }
     return true;
   };
+}
+
+nlohmann::json parse_object(std::string_view text, const std::string& where, Names names) {
   nlohmann::json value;
   try {
-    value = nlohmann::json::parse(text, watch);
+    value = nlohmann::json::parse(text, depth_and_names(where, names));
   } catch (const nlohmann::json::parse_error& error) {
     throw ConfigError(fmt::format("{}: expected JSON, found none from byte {} on", where, error.byte));
   } catch (const nlohmann::json::exception&) {

@@ -1,4 +1,5 @@
 // kvcapture: checks a request, says what it will cost, captures one trace per prompt, maps errors to exit codes.
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -48,7 +49,7 @@ void request_stop(int) {
 }
 
 int fail(ExitCode code, const std::string& sentence) {
-  fmt::print(stderr, "kvcapture: {}\n", sentence);
+  say(fmt::format("kvcapture: {}\n", sentence));
   return code;
 }
 
@@ -94,7 +95,7 @@ std::unique_ptr<Tokenizer> tokenizer_of(const CaptureRequest& request, const std
       throw;
     }
     if (!request.quiet) {
-      fmt::print(stderr, "kvcapture: the trace will have no pieces of text: {}\n", error.what());
+      say(fmt::format("kvcapture: the trace will have no pieces of text: {}\n", error.what()));
     }
   }
   return nullptr;
@@ -261,6 +262,17 @@ void say_done(const CaptureRequest& request, const Captured& done, const fs::pat
   std::fflush(stdout);
 }
 
+// Where a standard stream is closed, the next file that is opened would get its number, and a trace would receive what
+// is said to the user. /dev/null for reading takes the number; writing to it fails as to the closed stream.
+void hold_standard_streams() {
+  for (int fd = ::open("/dev/null", O_RDONLY); fd >= 0; fd = ::open("/dev/null", O_RDONLY)) {
+    if (fd > STDERR_FILENO) {
+      ::close(fd);
+      return;
+    }
+  }
+}
+
 int run(const std::vector<std::string>& arguments) {
   CaptureRequest request = parse_request(arguments);
   if (request.help) {
@@ -292,8 +304,8 @@ int run(const std::vector<std::string>& arguments) {
                                   parent_of(outputs.front()).string(), bytes_text(cost.free), saving(cost)));
   }
   if (!request.quiet) {
-    fmt::print(stderr, "kvcapture: {} to write, {} free{}\n", bytes_text(cost.bytes), bytes_text(cost.free),
-               saving(cost));
+    say(fmt::format("kvcapture: {} to write, {} free{}\n", bytes_text(cost.bytes), bytes_text(cost.free),
+                    saving(cost)));
   }
 
   std::signal(SIGINT, request_stop);
@@ -313,6 +325,7 @@ int run(const std::vector<std::string>& arguments) {
   }
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     Captured done;
+    check_output(outputs[i], request.force);  // loading the weights takes long enough for another capture to end
     {
       CaptureLine line;
       Watch watch{&stop_requested, {}};
@@ -344,9 +357,10 @@ int run(const std::vector<std::string>& arguments) {
 
 int main(int argc, char** argv) {
   using namespace kvreplay;
+  hold_standard_streams();
   try {
     const int code = run(std::vector<std::string>(argv, argv + argc));
-    if (std::fflush(stdout) != 0) {
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
       return fail(kOther, "standard output cannot be written");
     }
     return code;

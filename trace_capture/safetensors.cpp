@@ -139,11 +139,11 @@ std::span<const std::byte> Safetensors::Entry::bytes() const {
 }
 
 void Safetensors::File::map() {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) {
     wrong(fmt::format("cannot be opened: {}", std::generic_category().message(errno)));
   }
-  struct stat status {};
+  struct stat status {};  // a pipe is opened without waiting for its writer, and refused here
   if (::fstat(fd, &status) != 0 || !S_ISREG(status.st_mode)) {
     ::close(fd);
     wrong("expected a regular file");

@@ -25,7 +25,7 @@ bool less_likely(const Candidate& a, const Candidate& b) {
 void check_finite(std::span<const float> logits) {
   for (std::size_t id = 0; id < logits.size(); ++id) {
     if (!std::isfinite(logits[id])) {
-      throw std::runtime_error(
+      throw ConfigError(
           fmt::format("the logit of token id {} is {}, so no next token can be chosen: the weights are damaged, or the "
                       "model's activations overflow",
                       id, logits[id]));

@@ -3,6 +3,8 @@
 #include <fcntl.h>
 #include <fmt/chrono.h>
 #include <fmt/format.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +15,7 @@
 #include <random>
 #include <stdexcept>
 #include <system_error>
+#include <utility>
 
 #include "traces/hash.hpp"
 #include "traces/repack.hpp"
@@ -24,6 +27,34 @@ namespace {
 std::string errno_text() { return std::generic_category().message(errno); }
 
 std::uint64_t u64(std::int64_t value) { return static_cast<std::uint64_t>(value); }
+
+struct Held {
+  int fd;
+  ~Held() {
+    if (fd >= 0) {
+      ::close(fd);
+    }
+  }
+};
+
+// Opens the file that is written, and keeps every other writer out of it: two would destroy each other's trace.
+int open_alone(const std::filesystem::path& part) {
+  while (true) {
+    Held held{::open(part.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)};
+    if (held.fd < 0) {
+      throw TraceError(part.string() + " cannot be created (" + errno_text() + ")");
+    }
+    if (::flock(held.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      throw TraceError(part.string() + " is being written by another process or writer");
+    }  // a file system without locks has to do without
+    struct stat opened {};
+    struct stat named {};
+    if (::fstat(held.fd, &opened) == 0 && ::stat(part.c_str(), &named) == 0 && opened.st_dev == named.st_dev &&
+        opened.st_ino == named.st_ino) {
+      return std::exchange(held.fd, -1);
+    }  // else its writer gave it its final name, or removed it, in between
+  }
+}
 
 void expect_size(const std::string& what, std::uint64_t expected, std::size_t found) {
   if (expected != found) {
@@ -148,6 +179,7 @@ TraceWriter::TraceWriter(const std::filesystem::path& path, const TraceInfo& met
 
   working_ = options_.profile == Profile::archive ? std::filesystem::path(path_.string() + ".working") : path_;
   part_ = hdf5::File::part_of(working_);
+  fd_ = open_alone(part_);
   try {
     hdf5::File file = hdf5::File::create(working_);
     const hdf5::Group& root = file.root();
@@ -199,10 +231,6 @@ TraceWriter::TraceWriter(const std::filesystem::path& path, const TraceInfo& met
   } catch (const hdf5::StorageError& error) {
     discard();  // nothing of use is in it yet
     throw TraceError(error.what());
-  }
-  fd_ = ::open(part_.c_str(), O_RDWR | O_CLOEXEC);
-  if (fd_ < 0) {
-    throw TraceError(part_.string() + ": cannot be opened for writing (" + errno_text() + ")");
   }
 }
 
@@ -407,8 +435,7 @@ void TraceWriter::close() {
   }
   commit(n);
   flush();
-  ::close(fd_);
-  fd_ = -1;
+  const Held held{std::exchange(fd_, -1)};  // nobody else writes the file before it has its final name
   try {
     if (options_.profile == Profile::archive) {
       repack(part_, path_, Profile::archive, options_.archive);
@@ -427,10 +454,7 @@ void TraceWriter::close() {
 }
 
 void TraceWriter::discard() {
-  if (fd_ >= 0) {
-    ::close(fd_);
-    fd_ = -1;
-  }
+  const Held held{std::exchange(fd_, -1)};
   std::error_code ignored;
   std::filesystem::remove(part_, ignored);
 }

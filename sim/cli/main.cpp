@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cstdio>
 #include <exception>
 #include <new>
 
@@ -23,7 +24,8 @@ namespace {
 std::vector<std::string> arguments;
 
 int fail(ExitCode code, const std::string& sentence) {
-  fmt::print(stderr, "kvreplay: {}\n", sentence);
+  // Where stderr cannot be written, the exit code still says what happened; fmt::print would throw.
+  std::fputs(fmt::format("kvreplay: {}\n", sentence).c_str(), stderr);
   return code;
 }
 

@@ -11,7 +11,7 @@ Progress::Progress() : terminal_(::isatty(STDERR_FILENO) == 1), start_(Clock::no
 
 Progress::~Progress() {
   if (drawn_ && terminal_) {
-    fmt::print(stderr, "\n");
+    std::fputs("\n", stderr);
   }
 }
 
@@ -26,8 +26,10 @@ void Progress::at(double done, double total, const std::string& what) {
   const double elapsed = std::chrono::duration<double>(now - start_).count();
   const double share = total > 0 ? done / total : 1;
   const double left = share > 0 ? elapsed * (1 - share) / share : 0;
-  fmt::print(stderr, "{}{}: {:.0f} % done, {:.0f} steps/s, {:.0f} s left{}", terminal_ ? "\r\033[K" : "", what,
-             100 * share, done / elapsed, left, terminal_ ? "" : "\n");
+  const std::string line =
+      fmt::format("{}{}: {:.0f} % done, {:.0f} steps/s, {:.0f} s left{}", terminal_ ? "\r\033[K" : "", what,
+                  100 * share, done / elapsed, left, terminal_ ? "" : "\n");
+  std::fputs(line.c_str(), stderr);  // fmt::print would throw where stderr cannot be written, and end the run
 }
 
 }  // namespace kvreplay

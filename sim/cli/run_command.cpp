@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <csignal>
+#include <cstdio>
 #include <ctime>
 #include <limits>
 #include <memory>
@@ -170,8 +171,9 @@ void add_run_command(CLI::App& app) {
     }
     if (!outcome.failed.empty()) {
       const std::size_t more = outcome.failed.size() - 1;
-      fmt::print(stderr, "kvreplay: {}{}\n", outcome.failed[0],
-                 more > 0 ? fmt::format(" (and {} more, listed in {}/run.json)", more, request.out.string()) : "");
+      const std::string others =
+          more > 0 ? fmt::format(" (and {} more, listed in {}/run.json)", more, request.out.string()) : "";
+      std::fputs(fmt::format("kvreplay: {}{}\n", outcome.failed[0], others).c_str(), stderr);
       throw Exit{outcome.trace_failed ? kTrace : kOther};
     }
     fmt::print("{} cells in {}\n", outcome.n_cells, request.out.string());

@@ -308,6 +308,8 @@ def test_text_without_a_tokenizer(model, tmp_path):
     (("--prompt", "a"), ("--prompt", "2 are given")),
     (("--spans", "nowhere.json"), ("nowhere.json",)),
     (("--config", "nowhere.ini"), ("nowhere.ini",)),
+    (("--config", "/"), ("folder",)),
+    (("--spans", ""), ("--spans", "file")),
     (("stray",), ("stray",)),
     (("--out",), ("--out",)),
     (("--force=yes",), ("--force",)),
@@ -338,6 +340,9 @@ def test_what_is_missing_is_named(model, tmp_path, missing):
     ("[1" + ", 1" * CONTEXT + "]", (f"{CONTEXT + 1} tokens", f"is {CONTEXT}")),
     ("\x00\x01", (":1",)),
     ("[" * 100000, (":1",)),
+    ("[" * 100000 + "]" * 100000, (":1", "nested")),
+    ('{"prompt": [1], "prompt": [2]}', ("prompt", "twice")),
+    ("[1e999]", (":1", "too large")),
 ])
 def test_token_files(model, tmp_path, text, words):
     (tmp_path / "ids.json").write_text(text)
@@ -368,12 +373,20 @@ def test_prompt_files(model, tmp_path, text, words):
     ("model", ("job.ini", "'model'", "name = value")),
     ("ignore-eos = perhaps", ("job.ini", "--ignore-eos", "true or false")),
     ("config = other.ini", ("job.ini", "another")),
+    ("prompt = What is C#?", ("job.ini:1", "comment")),
 ])
 def test_config_files(model, tmp_path, line, words):
     (tmp_path / "job.ini").write_text(line + "\n")
     done = kvcapture("--config", tmp_path / "job.ini", "--tokens", ids_file(tmp_path, [1]), "--max-new-tokens", 1,
                      "--out", tmp_path / "a.h5")
     assert_refused(done, 2, *words)
+
+
+def test_inputs_from_a_pipe(model, tmp_path):
+    done = subprocess.run(["bash", "-c", f"{KVCAPTURE} --model {model} --tokens <(echo '[1, 5]') --max-new-tokens 3 --out "
+                           f"{tmp_path}/a.h5"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert list(kvtrace.open(str(tmp_path / "a.h5")).token_ids[:2]) == [1, 5]
 
 
 def test_models_that_are_none(tmp_path):
@@ -440,7 +453,33 @@ def test_a_folder_that_cannot_be_written(model, tmp_path):
                              closed / "a.h5"), 2, closed)
 
 
+def test_streams_that_cannot_be_written(model, tmp_path):
+    """A closed stream's number must not become that of the trace, where messages would go into it."""
+    command = (f"{KVCAPTURE} --model {model} --tokens {ids_file(tmp_path, [1, 2, 3])} --max-new-tokens 4 --force "
+               f"--out {tmp_path}/a.h5 --threads 1 ")
+    for streams, code in ((">/dev/full", 1), (">&-", 1), ("2>/dev/full", 0), ("2>&-", 0), ("<&- 2>&- >/dev/null", 0),
+                          ("2>/dev/full --dtype fp16", 2)):
+        done = subprocess.run(["bash", "-c", command + streams], capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, (streams, done.returncode, done.stderr)
+        assert_verified(tmp_path / "a.h5")
+
+
 # What happens when it is stopped.
+
+def test_two_captures_to_one_file(slow_model, tmp_path):
+    """The second one is refused, also with --force, and the first one ends well."""
+    process = start(slow_model, tmp_path / "a.h5", tmp_path, n=3000)
+    while not (tmp_path / "a.h5.part").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    other = ("--model", slow_model, "--tokens", tmp_path / "ids.json", "--max-new-tokens", 5, "--out", tmp_path / "a.h5")
+    assert_refused(kvcapture(*other), 2, "a.h5.part")
+    assert_refused(kvcapture(*other, "--force"), 3, "a.h5.part", "another process")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_verified(tmp_path / "a.h5")
+    assert len(kvtrace.open(str(tmp_path / "a.h5")).token_ids) == 3003
+
 
 def test_a_file_that_may_not_grow_is_a_sentence(model, tmp_path):
     def limit():

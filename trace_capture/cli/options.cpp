@@ -6,13 +6,13 @@
 #include <algorithm>
 #include <boost/program_options.hpp>
 #include <charconv>
-#include <fstream>
 #include <limits>
 #include <sstream>
 
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
 #include "sim/run.hpp"
+#include "trace_capture/json.hpp"
 
 namespace kvreplay {
 namespace {
@@ -158,6 +158,23 @@ class Values {
   const po::variables_map& map_;
 };
 
+// The parser takes whatever follows a # for a comment, also in the middle of a prompt, which must not be cut in
+// silence.
+std::string read_config_file(const std::string& path) {
+  const std::string text = read_text(path, std::uint64_t{64} << 20);
+  std::istringstream lines(text);
+  std::string line;
+  for (int number = 1; std::getline(lines, line); ++number) {
+    const std::size_t first = line.find_first_not_of(" \t");
+    if (first != std::string::npos && line[first] != '#' && line.find('#') != std::string::npos) {
+      throw ConfigError(fmt::format(
+          "{}:{}: a # begins a comment, and only at the start of a line; a value with # belongs on the command line",
+          path, number));
+    }
+  }
+  return text;
+}
+
 constexpr std::uint64_t kMaxPos = std::numeric_limits<Pos>::max();
 
 void read_device(const std::string& text, CaptureRequest& request) {
@@ -234,6 +251,11 @@ CaptureRequest request_of(const Values& values) {
   for (const char* name : {"model", "out"}) {
     if (values.text(name).empty()) {
       throw ConfigError(fmt::format("--{} is missing; see kvcapture --help", name));
+    }
+  }
+  for (const char* name : {"prompt-file", "tokens", "prompts", "spans", "config"}) {
+    if (values.has(name) && values.text(name).empty()) {
+      throw ConfigError(fmt::format("--{} needs the name of a file", name));
     }
   }
   request.model = values.text("model");
@@ -320,10 +342,7 @@ CaptureRequest parse_request(const std::vector<std::string>& arguments) {
   }
   if (map.count("config") > 0) {
     const std::string path = map["config"].as<std::string>();
-    std::ifstream file(path);
-    if (!file) {
-      throw ConfigError("--config: " + path + " cannot be read");
-    }
+    std::istringstream file(read_config_file(path));
     try {
       po::variables_map of_file;
       const auto parsed = po::parse_config_file(file, all);

@@ -14,11 +14,13 @@ std::string rates_text(double n_tokens, double seconds, const Recorder::Rates& r
                      static_cast<double>(rates.bytes) / 1e6 / time, 100 * rates.stall_seconds / time);
 }
 
+void say(const std::string& text) { std::fputs(text.c_str(), stderr); }
+
 CaptureLine::CaptureLine() : terminal_(::isatty(STDERR_FILENO) == 1), last_(Clock::now()) {}
 
 CaptureLine::~CaptureLine() {
   if (drawn_ && terminal_) {
-    fmt::print(stderr, "\r\033[K");
+    say("\r\033[K");
   }
 }
 
@@ -29,9 +31,9 @@ void CaptureLine::at(const std::string& name, const CaptureProgress& progress) {
   }
   last_ = now;
   drawn_ = true;
-  fmt::print(stderr, "{}{}: {} {} of {} tokens, {}{}", terminal_ ? "\r\033[K" : "", name,
-             progress.done < progress.prompt_len ? "prefill," : "decode,", progress.done, progress.total,
-             rates_text(progress.done, progress.seconds, progress.rates), terminal_ ? "" : "\n");
+  say(fmt::format("{}{}: {} {} of {} tokens, {}{}", terminal_ ? "\r\033[K" : "", name,
+                  progress.done < progress.prompt_len ? "prefill," : "decode,", progress.done, progress.total,
+                  rates_text(progress.done, progress.seconds, progress.rates), terminal_ ? "" : "\n"));
 }
 
 }  // namespace kvreplay

@@ -10,6 +10,9 @@ namespace kvreplay {
 // "340 tokens/s, 12 MB/s, stalled 0 %"
 std::string rates_text(double n_tokens, double seconds, const Recorder::Rates& rates);
 
+// To stderr. Where that cannot be written, nothing happens: a capture goes on without its reader.
+void say(const std::string& text);
+
 class CaptureLine {
  public:
   CaptureLine();
