@@ -407,6 +407,7 @@ std::vector<const PartUse*> parts_of(const Method& m) {
 void refuse_combinations(const Method& m) {
   const std::string select = quoted(m.select.info->name);
   const bool pinned = m.traits.pool == Pool::decode;
+  const std::string unpin = m.prefill_select ? "leave out the selector before the '/'" : "write pool=all";
   const auto refuse = [&](const std::string& why) { throw ConfigError(m.label + ": " + why); };
   if (m.allocate) {
     const std::string name = quoted(m.allocate->info->name);
@@ -419,13 +420,12 @@ void refuse_combinations(const Method& m) {
              " keeps one set for all of them; write scope=kv_head or scope=query_head");
     }
     if (over_sets && pinned) {
-      refuse("allocator " + name +
-             " spreads a budget by the prompt's scores, but the prompt is pinned; write pool=all");
+      refuse("allocator " + name + " spreads a budget by the prompt's scores, but the prompt is pinned; " + unpin);
     }
   }
   if (m.read && pinned) {
-    refuse("reader " + quoted(m.read->info->name) +
-           " chooses among all resident tokens, but the prompt is pinned; write pool=all");
+    refuse("reader " + quoted(m.read->info->name) + " chooses among all resident tokens, but the prompt is pinned; " +
+           unpin);
   }
   if (pinned && m.traits.decode == Decode::grow) {
     refuse("with pool=decode and decode=grow nothing would ever be evicted; write decode=evict");

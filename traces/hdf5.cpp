@@ -242,8 +242,10 @@ bool is_sound_heap(std::span<const std::byte> heap) {
     const auto index = field<std::uint16_t>(heap, at);
     const auto bytes = field<std::uint64_t>(heap, at + 8);
     const std::uint64_t left = heap.size() - at;
-    if (index == 0) {  // free space, which is the last and counts its own header
-      return bytes <= left;
+    // Free space is the last, counts its own header and reaches to the end: from a shorter one HDF5
+    // reads on, and never stops where the next size is zero.
+    if (index == 0) {
+      return bytes == left;
     }
     if (bytes > left - kHeader || (bytes + 7) / 8 * 8 > left - kHeader) {
       return false;

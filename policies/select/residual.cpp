@@ -44,7 +44,9 @@ class Residual final : public Selector {
       number<&Config::chunk>("chunk", 1, 64, "adjacent prompt tokens that share their mean score; 4 = the paper"),
       number<&Config::ewma>("ewma", 0, 0.9999, "decay of averaged attention; 0 = current queries only, the paper",
                             Scale::one_minus),
-      flag<&Config::accumulate_prefill>("accumulate_prefill", "tokens cut from the prompt enter the moments"),
+      flag<&Config::accumulate_prefill>(
+          "accumulate_prefill",
+          "tokens that it cuts from the prompt enter the moments; those that a selector before a / cuts never do"),
   };
   static Traits traits(const Config&) { return {.evict = Order::before_attention}; }
   static Needs needs(const Config& config) {

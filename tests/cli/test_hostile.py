@@ -170,11 +170,25 @@ def with_a_length_too_long(whole):
     return raw
 
 
-def test_damaged_heap_of_texts(tmp_path):
+def with_free_space_too_short(whole):
+    """The same, where the space that is left in the heap does not reach to its end: HDF5 1.10 reads on and never stops."""
+    raw = bytearray(whole)
+    heap = raw.find(b"GCOL")
+    assert heap >= 0
+    at = heap + 16
+    while int.from_bytes(raw[at:at + 2], "little") != 0:
+        at += 16 + (int.from_bytes(raw[at + 8:at + 16], "little") + 7) // 8 * 8
+    assert raw[at + 9] >= 4
+    raw[at + 9] ^= 4
+    return raw
+
+
+@pytest.mark.parametrize("damage", [with_a_length_too_long, with_free_space_too_short])
+def test_damaged_heap_of_texts(tmp_path, damage):
     path = make(tmp_path / "a.h5")
     with h5py.File(path, "r+") as f:
         f["model"].attrs["name"] = "a text of variable length"
-    path.write_bytes(with_a_length_too_long(path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()))
     for done in (run(path, tmp_path / "out", *H2O, timeout=30), kvreplay("info", path, timeout=30)):
         assert_refused(done, 3, "a.h5")
 
