@@ -442,6 +442,9 @@ Method build(const std::string& label, Phase& phase, Phase* prefill, const Budge
     if (const auto it = phase.parts.find(role); it != phase.parts.end()) {
       use = std::move(it->second);
     }
+    if (use && use->info->is_default) {
+      use.reset();  // says what happens anyway, and is left out like any default
+    }
     if (use) {
       tidy(*use);
     }

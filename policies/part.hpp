@@ -14,6 +14,7 @@ struct PartInfo {
   std::string_view name, summary, paper, deviation;
   Role role;
   Foresight foresight;
+  bool is_default;  // says in words what happens without a part of its role
   std::span<const ParamInfo> params;
 
   // A Config, type-erased: default values, then the user's through ParamInfo::set.
@@ -34,7 +35,7 @@ struct PartInfo {
 };
 
 // Builds a PartInfo from a class P with a nested Config and statics kName, kSummary, kPaper, kDeviation, kParams, and
-// optionally traits(Config), needs(Config), budgeted(Config), check(Config, budget), kForesight.
+// optionally traits(Config), needs(Config), budgeted(Config), check(Config, budget), kForesight, kIsDefault.
 template <class P>
 constexpr PartInfo describe() {
   using Config = typename P::Config;
@@ -44,6 +45,9 @@ constexpr PartInfo describe() {
   info.paper = P::kPaper;
   info.deviation = P::kDeviation;
   info.params = P::kParams;
+  if constexpr (requires { P::kIsDefault; }) {
+    info.is_default = P::kIsDefault;
+  }
   info.foresight = Foresight::none;
   if constexpr (requires { P::kForesight; }) {
     info.foresight = P::kForesight;

@@ -98,6 +98,10 @@ class Run {
     }
     for (const std::string& text : request_.compensators) {
       compensators_.push_back(parse_part(text, Role::compensate, read_value_table));
+      if (compensators_.back().info->is_default) {  // nothing to measure
+        compensators_.pop_back();
+        continue;
+      }
       for (std::size_t i = 0; i + 1 < compensators_.size(); ++i) {
         if (canonical(compensators_[i]) == canonical(compensators_.back())) {
           throw ConfigError("--compensators: '" + text + "' is given twice");
@@ -181,10 +185,7 @@ class Run {
   void check_everything() {
     for (const auto& input : inputs_) {
       const TraceInfo& info = input->reader.info();
-      if (info.logit_softcap > 0 && !request_.compensators_given) {
-        compensators_.clear();
-      }
-      if (info.logit_softcap > 0 && !compensators_.empty()) {
+      if (info.logit_softcap > 0 && request_.compensators_given && !compensators_.empty()) {
         throw ConfigError(info.path.string() +
                           ": its model has a logit soft-cap, under which compensators in closed form do not hold; use "
                           "--compensators none");
@@ -397,7 +398,9 @@ class Run {
                           .stop = request_.stop,
                           .progress = {}};
     for (const PartUse& c : compensators_) {
-      options.compensators.push_back(&c);
+      if (info.logit_softcap == 0) {
+        options.compensators.push_back(&c);
+      }
     }
     const std::size_t batch = cells_that_fit(input);
     for (std::size_t first = 0; first < columns_.size(); first += batch) {
@@ -523,6 +526,12 @@ class Run {
       for (const auto& [layer, reason] : input->skipped) {
         skipped.push_back({{"layer", layer}, {"reason", reason}});
       }
+      json compensators = json::array();
+      for (const PartUse& c : compensators_) {
+        if (info.logit_softcap == 0) {
+          compensators.push_back(canonical(c));
+        }
+      }
       j["traces"].push_back({{"path", info.path.string()},
                              {"stem", info.stem},
                              {"name", info.model_name},
@@ -538,7 +547,8 @@ class Run {
                              {"n_heads", info.n_heads},
                              {"n_kv_heads", info.n_kv_heads},
                              {"layers", input->layers},
-                             {"layers_skipped", skipped}});
+                             {"layers_skipped", skipped},
+                             {"compensators", compensators}});
     }
     for (const auto& m : methods_) {
       const Preset* preset = find_preset(m->preset);

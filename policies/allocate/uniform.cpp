@@ -12,6 +12,7 @@ class Uniform final : public Allocator {
   static constexpr std::string_view kPaper = "";
   static constexpr std::string_view kDeviation = "";
   static constexpr std::array<ParamInfo, 0> kParams{};
+  static constexpr bool kIsDefault = true;
 
   explicit Uniform(const Config&) {}
 };

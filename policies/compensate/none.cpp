@@ -15,6 +15,7 @@ class None final : public Compensator {
   static constexpr std::string_view kPaper = "";
   static constexpr std::string_view kDeviation = "";
   static constexpr std::array<ParamInfo, 0> kParams{};
+  static constexpr bool kIsDefault = true;
 
   None(const Config&, const SetShape& shape) : v_head_dim_(shape.v_head_dim) {}
 

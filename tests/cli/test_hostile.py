@@ -258,6 +258,15 @@ def test_soft_cap(tmp_path):
     good_run(path, tmp_path / "none", *H2O, "-c", "none")
     assert_refused(run(path, tmp_path / "c", *H2O, "-c", "moments"), 2, "soft-cap", "--compensators none")
     assert_refused(run(path, tmp_path / "m", "-m", "h2o+moments", "-b", "8"), 2, "soft-cap", "h2o+moments")
+    good_run(path, tmp_path / "n", "-m", "h2o+none", "-b", "8")
+    # beside a trace without one: compensators are measured on the other alone
+    other = make(tmp_path / "b.h5")
+    done = kvreplay("run", path, other, *H2O, "--out", tmp_path / "both")
+    assert done.returncode == 0, done.stderr
+    measured = {t["stem"]: t["compensators"] for t in json.loads((tmp_path / "both" / "run.json").read_text())["traces"]}
+    assert measured["a"] == [] and len(measured["b"]) == 3
+    corrected = {r["trace"] for r in rows(tmp_path / "both") if r["metric"] == "error_corrected"}
+    assert corrected == {"b"}
 
 
 # --- traces that change, users who stop, disks that are full ---------------------------------------------------------

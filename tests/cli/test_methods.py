@@ -30,7 +30,8 @@ def catalogue():
 def whole_catalogue():
     """Every selector and preset with every reader, allocator, rewriter and compensator; who is refused is left out."""
     parts, presets = catalogue()["parts"], catalogue()["presets"]
-    by_role = {role: [part["name"] for part in parts if part["role"] == role]
+    # 'uniform' and 'none' say what happens anyway, and are the same method as without them.
+    by_role = {role: [part["name"] for part in parts if part["role"] == role and part["name"] not in ("uniform", "none")]
                for role in ("select", "read", "allocate", "rewrite", "compensate")}
     starts = ["given:scores=mine" if name == "given" else name for name in by_role.pop("select")]
     methods = ["+".join(filter(None, (start, *more)))

@@ -117,6 +117,13 @@ TEST_CASE("allowed combinations are not refused") {
   }
 }
 
+TEST_CASE("parts that say what happens anyway are left out like any default") {
+  CHECK(parse_method("h2o+uniform+none").name == parse_method("h2o").name);
+  CHECK_FALSE(parse_method("h2o+none").compensate.has_value());
+  CHECK_FALSE(parse_method("h2o+uniform").allocate.has_value());
+  CHECK(parse_method("h2o+mean").compensate.has_value());
+}
+
 TEST_CASE("every part survives its own canonical text at the bounds of every key") {
   for (const PartInfo* part : all_parts()) {
     std::string first = part->role == Role::select ? "" : "h2o+";

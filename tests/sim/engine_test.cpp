@@ -257,20 +257,6 @@ TEST_CASE("a method's own compensator makes its output") {
   }
 }
 
-TEST_CASE("the compensator 'none' changes nothing") {
-  const Layer layer = engine_layer(make_toy_layer(toy_options()));
-  const Run r = run(layer, {"h2o", "h2o+none"}, 11, 1, 64, {});
-  const CellResult &plain = r.result.cells[0], &none = r.result.cells[1];
-  REQUIRE(none.error.empty());
-  const Series* error = plain.find(Metric::error);
-  REQUIRE(error != nullptr);
-  CHECK(*std::max_element(error->values.begin(), error->values.end()) > 0.01F);
-  CHECK(none.find(Metric::error)->values == error->values);
-  CHECK(none.find(Metric::error_output)->values == error->values);
-  CHECK(none.find(Metric::error_corrected, 0)->values == error->values);
-  CHECK(none.find(Metric::bytes)->values == plain.find(Metric::bytes)->values);
-}
-
 TEST_CASE("spans are retained as far as their tokens are") {
   const ToyLayer toy = make_toy_layer(toy_options());
   Layer layer = engine_layer(toy);
