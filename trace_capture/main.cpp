@@ -118,7 +118,8 @@ void check_output(const fs::path& path, bool force) {
   const std::string part = path.string() + ".part";
   if (fs::exists(part, error)) {
     throw ConfigError(
-        fmt::format("{} is what an interrupted capture left; save it with 'kvreplay recover {} {}', or use "
+        fmt::format("{} is what another capture is writing, or what an interrupted one left; save it with 'kvreplay "
+                    "recover {} {}', or use "
                     "--force to replace it",
                     part, part, path.string()));
   }
