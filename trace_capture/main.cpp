@@ -3,9 +3,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <csignal>
-#include <ctime>
 #include <exception>
 #include <limits>
 #include <memory>
@@ -15,6 +13,7 @@
 
 #include "policies/errors.hpp"
 #include "sim/cli/exit.hpp"
+#include "sim/cli/stop.hpp"
 #include "sim/version.hpp"
 #include "trace_capture/cli/options.hpp"
 #include "trace_capture/cli/progress.hpp"
@@ -27,26 +26,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::ordered_json;
-
-std::atomic<bool> stop_requested = false;
-
-double clock_now() {
-  timespec t{};
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-// The first signal asks for an orderly end; one that follows later (not in the same burst) ends the process at once.
-void request_stop(int) {
-  static double first = 0;
-  if (stop_requested && clock_now() - first > 0.1) {
-    _exit(kInterrupted);
-  }
-  if (!stop_requested) {
-    first = clock_now();
-  }
-  stop_requested = true;
-}
 
 int fail(ExitCode code, const std::string& sentence) {
   say(fmt::format("kvcapture: {}\n", sentence));
@@ -309,8 +288,7 @@ int run(const std::vector<std::string>& arguments) {
                     saving(cost)));
   }
 
-  std::signal(SIGINT, request_stop);
-  std::signal(SIGTERM, request_stop);
+  stop_on_signals();
   std::signal(SIGXFSZ, SIG_IGN);  // a file size limit is then an error of write, and a sentence
   const std::unique_ptr<Decoder> decoder = request.cuda ? make_cuda_decoder(model, longest, request.device)
                                                         : make_cpu_decoder(model, longest, request.threads);

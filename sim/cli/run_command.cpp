@@ -1,14 +1,10 @@
 #include "sim/cli/run_command.hpp"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <atomic>
-#include <csignal>
 #include <cstdio>
-#include <ctime>
 #include <limits>
 #include <memory>
 #include <thread>
@@ -17,31 +13,11 @@
 #include "policies/method.hpp"
 #include "sim/cli/exit.hpp"
 #include "sim/cli/progress.hpp"
+#include "sim/cli/stop.hpp"
 #include "sim/run.hpp"
 
 namespace kvreplay {
 namespace {
-
-std::atomic<bool> stop_requested = false;
-
-// Seconds of a clock that a signal handler may read.
-double clock_now() {
-  timespec t{};
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
-
-// The first signal asks for an orderly end; one that follows later (not in the same burst) ends the process at once.
-void request_stop(int) {
-  static double first = 0;
-  if (stop_requested && clock_now() - first > 0.1) {
-    _exit(kInterrupted);
-  }
-  if (!stop_requested) {
-    first = clock_now();
-  }
-  stop_requested = true;
-}
 
 struct Options {
   std::vector<std::string> traces, methods, budgets;
@@ -161,8 +137,7 @@ void add_run_command(CLI::App& app) {
     check_range("--seed", o->seed, 0, std::numeric_limits<std::int64_t>::max());
     RunRequest request = request_of(*o, compensators->count() > 0);
     request.argv = command_line();
-    std::signal(SIGINT, request_stop);
-    std::signal(SIGTERM, request_stop);
+    stop_on_signals();
     RunOutcome outcome;
     {
       Progress progress;

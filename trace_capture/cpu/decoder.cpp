@@ -14,6 +14,7 @@
 #include "trace_capture/cpu/norm.hpp"
 #include "trace_capture/cpu/rotation.hpp"
 #include "trace_capture/cpu/swiglu.hpp"
+#include "trace_capture/pass_checks.hpp"
 #include "trace_capture/recorder.hpp"
 
 namespace kvreplay {
@@ -86,7 +87,7 @@ class CpuDecoder final : public Decoder {
   std::string name() const override { return "cpu"; }
 
   void pass(std::span<const std::int32_t> ids, Recorder* recorder) override {
-    check(ids);
+    check_pass(ids, n_past_, max_pass_, capacity_, config_.vocab);
     const Index n = static_cast<Index>(ids.size());
     if (!fixed_rope_) {
       rope_ = rope_table(config_.rope, config_.head_dim, config_.max_positions, n_past_ + static_cast<Pos>(n));
@@ -120,7 +121,7 @@ class CpuDecoder final : public Decoder {
           fmt::format("log-probabilities of {} tokens into {} values: the last pass has {} rows", next.size(),
                       out.size(), n_last_));
     }
-    check_vocabulary(next);
+    check_vocabulary(next, config_.vocab);
     const Index n = static_cast<Index>(next.size()), vocab = config_.vocab;
     for (Index first = 0; first < n; first += kLogitRows) {
       const Index end = std::min(n, first + kLogitRows);
@@ -148,25 +149,6 @@ class CpuDecoder final : public Decoder {
 
   Index q_width() const { return static_cast<Index>(config_.n_heads) * config_.head_dim; }
   Index kv_width() const { return static_cast<Index>(config_.n_kv_heads) * config_.head_dim; }
-
-  void check(std::span<const std::int32_t> ids) const {
-    if (ids.empty() || ids.size() > sz(max_pass_)) {
-      throw std::invalid_argument(fmt::format("a pass of {} tokens; it takes 1 to {}", ids.size(), max_pass_));
-    }
-    if (ids.size() > sz(capacity_ - n_past_)) {
-      throw std::invalid_argument(fmt::format("{} tokens after the first {} are more than the cache's capacity of {}",
-                                              ids.size(), n_past_, capacity_));
-    }
-    check_vocabulary(ids);
-  }
-
-  void check_vocabulary(std::span<const std::int32_t> ids) const {
-    for (const std::int32_t id : ids) {
-      if (id < 0 || id >= config_.vocab) {
-        throw std::invalid_argument(fmt::format("token id {} is outside the vocabulary [0, {})", id, config_.vocab));
-      }
-    }
-  }
 
   template <class Work>
   void for_each_row(Rows rows, Work&& work) const {

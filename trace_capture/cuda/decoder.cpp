@@ -15,6 +15,7 @@
 #include "trace_capture/cuda/products.cuh"
 #include "trace_capture/cuda/weights.cuh"
 #include "trace_capture/errors.hpp"
+#include "trace_capture/pass_checks.hpp"
 #include "trace_capture/recorder.hpp"
 #include "trace_capture/rope.hpp"
 
@@ -137,7 +138,7 @@ class CudaDecoder final : public Decoder {
   std::string name() const override { return "cuda: " + device_name_; }
 
   void pass(std::span<const std::int32_t> ids, Recorder* recorder) override {
-    check_ids(ids);
+    check_pass(ids, n_past_, max_pass_, capacity_, config_.vocab);
     check(cudaSetDevice(device_), "choosing the device");
     const Pos n = static_cast<Pos>(ids.size());
     n_last_ = 0;  // until the pass is complete
@@ -175,7 +176,7 @@ class CudaDecoder final : public Decoder {
           fmt::format("log-probabilities of {} tokens into {} values: the last pass has {} rows", next.size(),
                       out.size(), n_last_));
     }
-    check_vocabulary(next);
+    check_vocabulary(next, config_.vocab);
     check(cudaSetDevice(device_), "choosing the device");
     to_device(work_.next, next.data(), next.size());
     const Pos n = static_cast<Pos>(next.size());
@@ -243,25 +244,6 @@ class CudaDecoder final : public Decoder {
     host_ids_ = PinnedMemory(sz(capacity_) * sizeof(std::int32_t));
     host_rotation_ = PinnedMemory(sz(capacity_) * sz(config_.head_dim) * sizeof(float));
     host_scored_ = PinnedMemory(sz(max_pass_) * sizeof(Scored));
-  }
-
-  void check_ids(std::span<const std::int32_t> ids) const {
-    if (ids.empty() || ids.size() > sz(max_pass_)) {
-      throw std::invalid_argument(fmt::format("a pass of {} tokens; it takes 1 to {}", ids.size(), max_pass_));
-    }
-    if (ids.size() > sz(capacity_ - n_past_)) {
-      throw std::invalid_argument(fmt::format("{} tokens after the first {} are more than the cache's capacity of {}",
-                                              ids.size(), n_past_, capacity_));
-    }
-    check_vocabulary(ids);
-  }
-
-  void check_vocabulary(std::span<const std::int32_t> ids) const {
-    for (const std::int32_t id : ids) {
-      if (id < 0 || id >= config_.vocab) {
-        throw std::invalid_argument(fmt::format("token id {} is outside the vocabulary [0, {})", id, config_.vocab));
-      }
-    }
   }
 
   // cos and sin of the next n positions. Each place of the page-locked table is written once in a sequence, so that no
