@@ -1,5 +1,7 @@
 #include "sim/load.hpp"
 
+#include <algorithm>
+
 namespace kvreplay {
 
 Pos first_stored_query(const TraceReader& trace, int layer) {
@@ -22,14 +24,16 @@ Layer load_layer(const TraceReader& trace, int number, const LoadOptions& option
   l.group_size = info.group_size;
   l.head_dim = info.head_dim;
   l.v_head_dim = info.v_head_dim;
-  l.n_tokens = info.n_tokens;
+  l.n_tokens = options.n_tokens > 0 ? options.n_tokens : info.n_tokens;
   l.prompt_len = options.prompt_len;
   l.first_query = options.first_query;
   l.logit_softcap = float(info.logit_softcap);
   l.scale = float(info.attention_scale);
   l.element_bytes = info.element == ElementType::f32 ? 4 : 2;
   for (const Span& span : info.spans) {
-    l.spans.push_back({span.name, span.begin, span.end});
+    if (span.begin < l.n_tokens) {
+      l.spans.push_back({span.name, span.begin, std::min(span.end, l.n_tokens)});
+    }
   }
 
   const auto values = [](MatF& m) { return std::span<float>(m.data(), std::size_t(m.size())); };
@@ -56,6 +60,7 @@ Layer load_layer(const TraceReader& trace, int number, const LoadOptions& option
     auto& per_head = l.scores.emplace_back(name, std::vector<std::vector<float>>()).second;
     for (int h = 0; h < l.n_kv_heads; ++h) {
       per_head.push_back(trace.read_scores(number, name, h));
+      per_head.back().resize(std::size_t(l.n_tokens));
     }
   }
   return l;

@@ -7,6 +7,7 @@ namespace kvreplay {
 
 struct LoadOptions {
   Pos prompt_len = 0;
+  Pos n_tokens = 0;                 // of the trace's tokens the first so many; 0: all
   Pos first_query = 0;              // queries of earlier positions are not read
   std::vector<std::string> scores;  // names of external scores to read
   bool w_o = false;

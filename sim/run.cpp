@@ -9,6 +9,7 @@
 #include <ctime>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 
 #include "policies/catalogue.hpp"
@@ -45,9 +46,11 @@ std::string host_name() {
 // One trace of the run, opened and checked.
 struct Input {
   TraceReader reader;
-  Pos prompt_len = 0;
+  Pos prompt_len = 0, n_tokens = 0;  // n_tokens: of the trace's tokens the first so many
   std::vector<int> layers;
   std::vector<std::pair<int, std::string>> skipped;  // layer, reason
+
+  int n_steps() const { return n_tokens - prompt_len; }
 };
 
 // One method at one budget, for one trace.
@@ -66,11 +69,14 @@ class Run {
     open_traces();
     check_everything();
     check_memory();
-    prepare_folder();
-    ResultsWriter writer(request_.out, request_.detail);
-    replay_all(writer);
-    writer.publish(run_json());
-    outcome_.n_cells = writer.n_cells();
+    if (!request_.out.empty()) {
+      prepare_folder();
+      writer_.emplace(request_.out, request_.detail);
+    }
+    replay_all();
+    if (writer_) {
+      writer_->publish(run_json());
+    }
     return outcome_;
   }
 
@@ -127,7 +133,8 @@ class Run {
     }
     std::set<std::string> stems;
     for (const fs::path& path : request_.traces) {
-      Input input{.reader = TraceReader(path), .prompt_len = request_.prompt_len, .layers = {}, .skipped = {}};
+      Input input{
+          .reader = TraceReader(path), .prompt_len = request_.prompt_len, .n_tokens = 0, .layers = {}, .skipped = {}};
       const TraceInfo& info = input.reader.info();
       if (!stems.insert(info.stem).second) {
         throw ConfigError("two traces of this run are called '" + info.stem + "'; rename one, results name them so");
@@ -139,6 +146,10 @@ class Run {
         throw ConfigError(fmt::format("{}: a prompt of {} tokens leaves no decode step of the trace's {} tokens",
                                       path.string(), input.prompt_len, info.n_tokens));
       }
+      input.n_tokens = info.n_tokens;
+      if (request_.max_steps > 0) {
+        input.n_tokens = std::min(input.n_tokens, input.prompt_len + request_.max_steps);
+      }
       check_output_steps(input);
       choose_layers(input);
       inputs_.push_back(std::make_unique<Input>(std::move(input)));
@@ -146,7 +157,7 @@ class Run {
   }
 
   void check_output_steps(const Input& input) const {
-    const int n_steps = input.reader.info().n_tokens - input.prompt_len;
+    const int n_steps = input.n_steps();
     for (int step : request_.output_steps) {
       if (step >= n_steps) {
         throw ConfigError(fmt::format("--steps: {} is past the last of {}'s {} decode steps, which is {}", step,
@@ -165,7 +176,7 @@ class Run {
     }
     for (int layer : request_.layers.empty() ? info.layers : request_.layers) {
       const int window = std::size_t(layer) < info.sliding_window.size() ? info.sliding_window[std::size_t(layer)] : 0;
-      if (window > 0 && window < info.n_tokens) {
+      if (window > 0 && window < input.n_tokens) {
         input.skipped.emplace_back(layer,
                                    fmt::format("its sliding window of {} tokens is shorter than the trace", window));
       } else {
@@ -268,7 +279,7 @@ class Run {
     if (m.compensate) {
       SetShape shape{.head_dim = info.head_dim,
                      .v_head_dim = info.v_head_dim,
-                     .n_tokens = info.n_tokens,
+                     .n_tokens = input.n_tokens,
                      .prompt_len = input.prompt_len,
                      .budget = 1,
                      .scores = {},
@@ -281,7 +292,7 @@ class Run {
   // Tokens per set, mean over a layer's sets, for each layer of the trace in the run.
   std::vector<int> layer_budgets(const Input& input, const Column& c) const {
     const TraceInfo& info = input.reader.info();
-    const int n = c.budget.unit == Budget::Unit::none ? info.n_tokens
+    const int n = c.budget.unit == Budget::Unit::none ? input.n_tokens
                                                       : tokens(input, *c.method, c.budget, c.method->traits.scope);
     if (!c.method->allocate) {
       return std::vector<int>(input.layers.size(), n);
@@ -290,7 +301,7 @@ class Run {
     return allocator->over_layers({input.layers, info.n_layers, input.prompt_len, n});
   }
 
-  // Recorded evictions of one layer: (n_sets, n_tokens).
+  // Recorded evictions of one layer: (n_sets, tokens of the run). The file has all of the trace's.
   std::vector<std::vector<std::int32_t>> read_evicted_at(const Input& input, const Method& m, const std::string& path,
                                                          int layer) const {
     const TraceInfo& info = input.reader.info();
@@ -322,7 +333,9 @@ class Run {
     std::vector<std::vector<std::int32_t>> sets;
     for (std::size_t s = 0; s < all.size() / std::size_t(info.n_tokens); ++s) {
       const auto begin = all.begin() + std::ptrdiff_t(s) * info.n_tokens;
-      sets.emplace_back(begin, begin + info.n_tokens);
+      for (std::int32_t& step : sets.emplace_back(begin, begin + input.n_tokens)) {
+        step = std::min(step, input.n_steps());
+      }
     }
     return sets;
   }
@@ -344,21 +357,21 @@ class Run {
     }
   }
 
-  void replay_all(ResultsWriter& writer) {
+  void replay_all() {
     total_ = 0;
     for (const auto& input : inputs_) {
-      total_ += double(input->layers.size() * columns_.size()) * (input->reader.info().n_tokens - input->prompt_len);
+      total_ += double(input->layers.size() * columns_.size()) * input->n_steps();
     }
     double done = 0;
     for (const auto& input : inputs_) {
       for (std::size_t l = 0; l < input->layers.size(); ++l) {
         try {
-          if (!replay_layer(writer, *input, l, done)) {
+          if (!replay_layer(*input, l, done)) {
             outcome_.interrupted = true;
             return;
           }
         } catch (const TraceError& e) {  // what is finished stays; this trace gives no more
-          if (writer.n_cells() == 0) {
+          if (outcome_.n_cells == 0) {
             throw;
           }
           outcome_.failed.push_back(e.what());
@@ -369,10 +382,11 @@ class Run {
     }
   }
 
-  bool replay_layer(ResultsWriter& writer, const Input& input, std::size_t l, double& done) {
+  bool replay_layer(const Input& input, std::size_t l, double& done) {
     const TraceInfo& info = input.reader.info();
     const int layer = input.layers[l];
     LoadOptions load{.prompt_len = input.prompt_len,
+                     .n_tokens = input.n_tokens,
                      .first_query = input.prompt_len,
                      .scores = {},
                      .w_o = request_.metrics.projected()};
@@ -446,7 +460,13 @@ class Run {
                         .prompt_len = input.prompt_len,
                         .n_heads = info.n_heads,
                         .n_kv_heads = info.n_kv_heads};
-        writer.add(id, cell, request_.output_steps, info.v_head_dim);
+        ++outcome_.n_cells;
+        if (writer_) {
+          writer_->add(id, cell, request_.output_steps, info.v_head_dim);
+        }
+        if (request_.cell) {
+          request_.cell(id, cell);
+        }
       }
     }
     return true;
@@ -465,8 +485,8 @@ class Run {
   // How many cells may run beside each other in the memory that the user allows.
   std::size_t cells_that_fit(const Input& input) const {
     const TraceInfo& info = input.reader.info();
-    const double n = info.n_tokens, steps = info.n_tokens - input.prompt_len,
-                 rows = double(kBlockSteps) * info.group_size, dims = info.head_dim + info.v_head_dim;
+    const double n = input.n_tokens, steps = input.n_steps(), rows = double(kBlockSteps) * info.group_size,
+                 dims = info.head_dim + info.v_head_dim;
     const double shared =
         4.0 * info.n_kv_heads *
         (n * dims + n * info.group_size * info.head_dim + 2 * n * (rows + 32) + 6 * rows * info.v_head_dim);
@@ -540,7 +560,7 @@ class Run {
                              {"architecture", info.architecture},
                              {"generator", info.generator},
                              {"provenance", info.provenance},
-                             {"n_tokens", info.n_tokens},
+                             {"n_tokens", input->n_tokens},
                              {"prompt_len", input->prompt_len},
                              {"element", name_of(info.element)},
                              {"head_dim", info.head_dim},
@@ -593,6 +613,7 @@ class Run {
   std::vector<PartUse> compensators_;
   std::vector<Column> columns_;
   std::vector<std::unique_ptr<Input>> inputs_;
+  std::optional<ResultsWriter> writer_;  // none: nothing is written
   RunOutcome outcome_;
   double total_ = 0;  // decode steps of one method, in all
 };

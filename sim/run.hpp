@@ -19,16 +19,18 @@ struct RunRequest {
   MetricSet metrics = MetricSet::all();
   std::vector<int> layers;  // empty: all
   Pos prompt_len = 0;       // 0: the trace's own
+  int max_steps = 0;        // only so many decode steps, the first ones; 0: all
   Detail detail;
   std::vector<int> output_steps;
   int n_checkpoints = 16;
   int threads = 1;
   std::uint64_t seed = 0;
-  std::uint64_t memory = 0;  // bytes; 0: three quarters of what is free
-  std::filesystem::path out;
+  std::uint64_t memory = 0;   // bytes; 0: three quarters of what is free
+  std::filesystem::path out;  // empty: nothing is written
   bool force = false;
   std::vector<std::string> argv;
   const std::atomic<bool>* stop = nullptr;
+  std::function<void(const CellId&, const CellResult&)> cell;  // sees every finished cell
   // After every block: decode steps of one method done, in all, and what is being replayed.
   std::function<void(double done, double total, const std::string& what)> progress;
 };

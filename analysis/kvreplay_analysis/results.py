@@ -1,6 +1,7 @@
 """Reads a results folder: `load(DIR)` gives a Results, whose frames work as well in a notebook as in the report."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -136,20 +137,57 @@ class Results:
                 "step": block.ravel() * self.block_steps, metric: values.ravel()}))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
+    def evicted_at(self, cell):
+        """int32 (n_sets, n_tokens): first decode step without the token, 0 = cut at the prompt, n_steps = never; None
+        unless the run was made with --detail retained."""
+        return self._read(f"evicted_at/{cell:06d}")
+
+    def attended(self, cell):
+        """bool (n_heads, n_steps, n_tokens): what per-step selection attended; None for other methods and unless the
+        run was made with --detail retained."""
+        packed = self._read(f"attended/{cell:06d}")
+        if packed is None:
+            return None
+        n_tokens = self.evicted_at(cell).shape[1]
+        return np.unpackbits(packed, axis=2, count=n_tokens, bitorder="little").astype(bool)
+
+    def outputs(self, cell):
+        """(steps, {name: float32 (n_heads, len(steps), v_head_dim)}) with f, f_R, f_E and f_E.COMPENSATOR, NaN where
+        there is none; None unless the run was made with --detail outputs."""
+        def read(group):
+            steps = np.asarray(group.attrs["steps"])
+            return steps, {name.replace("%2F", "/").replace("%25", "%"): group[name][()] for name in group}
+
+        return self._read(f"outputs/{cell:06d}", read)
+
     def _arrays(self, kind, metric, compensator):
-        name = (f"{metric}.{compensator}" if compensator else metric).replace("/", "|")
+        name = _stored(f"{metric}.{compensator}" if compensator else metric)
         arrays = self._cache.setdefault((kind, name), {})
         missing = [c for c in self.cells.index if c not in arrays]
         if missing:
-            path = self.folder / "results.h5"
-            try:
-                with h5py.File(path, "r") as file:
-                    for cell in missing:
-                        at = f"{kind}/{cell:06d}/{name}"
-                        arrays[cell] = file[at][()] if at in file else None
-            except OSError as error:
-                raise ResultsError(f"{path} cannot be read: {_first_line(error)}") from error
+            with self._file() as file:
+                for cell in missing:
+                    at = f"{kind}/{cell:06d}/{name}"
+                    arrays[cell] = file[at][()] if at in file else None
         return {c: arrays[c] for c in self.cells.index if arrays[c] is not None}
+
+    def _read(self, at, read=lambda item: item[()]):
+        with self._file() as file:
+            return read(file[at]) if at in file else None
+
+    @contextmanager
+    def _file(self):
+        path = self.folder / "results.h5"
+        try:
+            with h5py.File(path, "r") as file:
+                yield file
+        except OSError as error:
+            raise ResultsError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _stored(name):
+    """A name as it stands in the file, where "/" separates groups."""
+    return name.replace("%", "%25").replace("/", "%2F")
 
 
 def load(folder):

@@ -22,7 +22,7 @@ namespace {
 struct Options {
   std::vector<std::string> traces, methods, budgets;
   std::string compensators, metrics = "all", layers, detail, steps, memory, out;
-  int prompt_len = 0, threads = 0, checkpoints = 16;
+  int prompt_len = 0, max_steps = 0, threads = 0, checkpoints = 16;
   std::int64_t seed = 0;
   bool force = false;
 };
@@ -68,6 +68,7 @@ RunRequest request_of(const Options& o, bool compensators_given) {
     r.layers = parse_integers("--layers", o.layers);
   }
   r.prompt_len = o.prompt_len;
+  r.max_steps = o.max_steps;
   for (const std::string& d : o.detail.empty() ? std::vector<std::string>{} : split(o.detail)) {
     if (d == "steps") {
       r.detail.steps = true;
@@ -117,6 +118,8 @@ void add_run_command(CLI::App& app) {
   run_app->add_option("--layers", o->layers, "The model's layer numbers, as 0,4-7 (default: all in the trace)");
   CLI::Option* prompt_len =
       run_app->add_option("--prompt-len", o->prompt_len, "Move the boundary between prompt and decode");
+  CLI::Option* max_steps =
+      run_app->add_option("--max-steps", o->max_steps, "Replay only the first so many decode steps (default: all)");
   run_app->add_option("--detail", o->detail, "Also write steps, retained, outputs (a comma list)");
   run_app->add_option("--steps", o->steps, "Decode steps of --detail outputs, as 0,100-103");
   run_app->add_option("--checkpoints", o->checkpoints, "Steps at which subspaces are compared (default: 16)");
@@ -126,15 +129,21 @@ void add_run_command(CLI::App& app) {
                       "Memory to stay within, as 8GiB (default: three quarters of what is free)");
   run_app->add_option("-o,--out", o->out, "Folder for the results")->required();
   run_app->add_flag("--force", o->force, "Write into a folder that is not empty");
-  run_app->callback([o, compensators, prompt_len, threads] {
+  run_app->callback([o, compensators, prompt_len, max_steps, threads] {
     if (prompt_len->count() > 0) {
       check_range("--prompt-len", o->prompt_len, 1, 1 << 30);
+    }
+    if (max_steps->count() > 0) {
+      check_range("--max-steps", o->max_steps, 1, 1 << 30);
     }
     if (threads->count() > 0) {
       check_range("--threads", o->threads, 1, 1024);
     }
     check_range("--checkpoints", o->checkpoints, 1, 1 << 20);
     check_range("--seed", o->seed, 0, std::numeric_limits<std::int64_t>::max());
+    if (o->out.empty()) {
+      throw ConfigError("--out: the folder's name is empty");
+    }
     RunRequest request = request_of(*o, compensators->count() > 0);
     request.argv = command_line();
     stop_on_signals();

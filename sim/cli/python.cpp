@@ -1,0 +1,53 @@
+#include "sim/cli/python.hpp"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <filesystem>
+#include <stdexcept>
+#include <system_error>
+
+namespace kvreplay {
+namespace {
+
+const char* const kSource = KVREPLAY_SOURCE_DIR;
+
+std::string environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? value : "";
+}
+
+std::string python() {
+  const std::string asked = environment("KVREPLAY_PYTHON");
+  if (!asked.empty()) {
+    return asked;
+  }
+  const std::string own = std::string(kSource) + "/.venv/bin/python";
+  if (!std::filesystem::exists(own)) {
+    throw std::runtime_error("reports need Python and there is none at " + own +
+                             "; run scripts/setup once, or set KVREPLAY_PYTHON to an interpreter that has the "
+                             "packages of analysis/requirements.txt");
+  }
+  return own;
+}
+
+}  // namespace
+
+void become_python(std::vector<std::string> arguments) {
+  const std::string interpreter = python();
+  const std::string packages = std::string(kSource) + "/analysis";
+  const std::string path = environment("PYTHONPATH");
+  setenv("PYTHONPATH", (path.empty() ? packages : packages + ":" + path).c_str(), 1);
+  arguments.insert(arguments.begin(), {interpreter, "-m", "kvreplay_analysis"});
+  std::vector<char*> argv;
+  for (std::string& argument : arguments) {
+    argv.push_back(argument.data());
+  }
+  argv.push_back(nullptr);
+  execvp(interpreter.c_str(), argv.data());
+  throw std::runtime_error("cannot start " + interpreter + ": " + std::generic_category().message(errno) +
+                           "; run scripts/setup, or set KVREPLAY_PYTHON to a Python interpreter");
+}
+
+}  // namespace kvreplay
