@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <CLI/CLI.hpp>
 #include <cerrno>
 #include <cstdlib>
 #include <filesystem>
@@ -33,6 +34,29 @@ std::string python() {
 }
 
 }  // namespace
+
+CLI::Option* Forwarded::add(const std::string& name, const std::string& doc, const std::string& type) {
+  options_.emplace_back(name, command_->add_option(name, doc)->type_name(type));
+  return options_.back().second;
+}
+
+void Forwarded::add_flag(const std::string& name, const std::string& doc) {
+  flags_.emplace_back(name, command_->add_flag(name, doc));
+}
+
+void Forwarded::append_to(std::vector<std::string>& arguments) const {
+  for (const auto& [name, option] : options_) {
+    for (const std::string& value : option->results()) {
+      // One word, so that a value with a leading dash stays a value.
+      arguments.push_back(name + "=" + value);
+    }
+  }
+  for (const auto& [name, flag] : flags_) {
+    if (flag->count() > 0) {
+      arguments.push_back(name);
+    }
+  }
+}
 
 void become_python(std::vector<std::string> arguments) {
   const std::string interpreter = python();

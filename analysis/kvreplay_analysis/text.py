@@ -1,0 +1,15 @@
+"""Tables for a terminal."""
+
+
+def number(value):
+    """Four significant digits; '-' where there is no number."""
+    if isinstance(value, str):
+        return value
+    return "-" if value != value else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def aligned(table):
+    """Lines of a table of texts: the first column and one without a title to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  ".join(cell.ljust(w) if i == 0 or not table[0][i] else cell.rjust(w)
+                      for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in table]
