@@ -15,7 +15,7 @@ from .results import HEAD_STATISTICS
 
 TYPES = ("sink", "local", "retrieval", "diffuse")
 FAR = 0.3            # attention on neither the first nor the latest tokens, from which on a head looks far
-CONCENTRATION = 0.3  # share of the far attention on its largest hundredth, from which on it looks for something
+CONCENTRATION = 0.4  # share of the far attention on its largest hundredth, from which on it looks for something
 
 
 def classify(heads, far=FAR, concentration=CONCENTRATION):
