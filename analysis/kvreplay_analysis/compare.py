@@ -23,6 +23,7 @@ from .errors import Absent, UsageError, nearest
 from .results import load
 
 LEVELS = ("layer", "head", "step", "trace")
+ROUNDING = 1e-5  # relative: what masses and errors are right to (docs/metrics.md)
 
 
 def split(text):
@@ -208,6 +209,9 @@ def compare(a, b, method_a=None, method_b=None, metrics=("error_output",), budge
             pairings[key].cells.append((i, j))
     titles = [str(r.folder) + (f":{_with(m, c)}" if m else "")
               for r, m, c in ((a, chosen_a, correct_a), (b, chosen_b, correct_b))]
+    if not traces:
+        raise UsageError(f"{titles[0]} and {titles[1]} have no trace in common: A has {', '.join(a.traces)}, "
+                         f"B has {', '.join(b.traces)}")
     if not pairings:
         raise UsageError(f"{titles[0]} and {titles[1]} have no cell in common: A has "
                          f"{_content(a, chosen_a)}, B has {_content(b, chosen_b)}")
@@ -226,6 +230,8 @@ def verdict(row):
     """A row's result in words."""
     if row["identical"]:
         return "identical"
+    if abs(row["relative"]) <= ROUNDING:
+        return "equal up to rounding"
     if not np.isfinite(row["low"]):
         return "no interval: one block of steps"
     if row["low"] <= 0 <= row["high"]:
@@ -271,6 +277,8 @@ def _difference(totals, interval=True):
     for name, statistic in (("", bootstrap.difference), ("relative_", bootstrap.relative_difference)):
         found = bootstrap.interval(totals, statistic)[1:] if interval else nothing
         out[f"{name}low"], out[f"{name}high"] = found
+    if out["low"] == out["high"] == 0:  # also where both are 0 and there is no ratio
+        out["relative_low"] = out["relative_high"] = 0.0
     return out
 
 
@@ -308,8 +316,8 @@ def _same_traces(a, b, wanted):
         if t in hashes[1]:
             other = hashes[1][t]
             if mine and other and mine != other:
-                raise UsageError(f"trace {t} is another one in {b.folder} than in {a.folder}: its content_hash is "
-                                 f"{mine} there and {other} here, so their steps cannot be paired")
+                raise UsageError(f"trace {t} has content_hash {mine} in {a.folder} and {other} in {b.folder}: two traces "
+                                 "of one name, whose steps cannot be paired")
             same[t] = t
         else:
             twin = next((u for u, h in hashes[1].items() if h and h == mine), None)

@@ -8,7 +8,6 @@ decoded alone, and the layers are those of the run.
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from .errors import UsageError, nearest
 from .tables import pooled
@@ -50,25 +49,31 @@ def shapes(results):
             if isinstance(t, dict) and isinstance(t.get("head_dim"), int)}
 
 
-def decode_us(results, gpu=DEFAULT, extra_bytes=None):
-    """Series over (label, budget): microseconds of a mean decode step, summed over the layers of the run, mean over
-    its traces. NaN where the run has no bytes_read or attended, or does not say head_dim.
+def step_costs(results):
+    """One row per label, budget, trace and layer: what a mean decode step reads of a KV head (bytes_read), the slots it
+    attends, and the layer's shape. NaN where the run did not measure one, or does not say head_dim."""
+    rows = results.summary[results.summary["metric"].isin(["bytes_read", "attended"])]
+    means = pooled(rows, ["label", "budget", "trace", "layer", "metric"])["mean"].unstack("metric")
+    frame = means.reindex(columns=["bytes_read", "attended"]).reset_index()
+    heads = results.cells.drop_duplicates("trace").set_index("trace")
+    known = shapes(results)
+    for column in ("n_kv_heads", "group_size"):
+        frame[column] = frame["trace"].map(heads[column]).astype(float)
+    for i, column in enumerate(("head_dim", "v_head_dim")):
+        frame[column] = frame["trace"].map({t: dims[i] for t, dims in known.items()}).astype(float)
+    return frame
 
+
+def decode_us(costs, gpu=DEFAULT, extra_bytes=None):
+    """Series over (label, budget): microseconds of a mean decode step, summed over the layers of the run, mean over
+    its traces.
+
+    costs         step_costs() of a run, or some of its rows
     extra_bytes   {trace: bytes per KV head} read besides, as a compensator's state
     """
     device = gpu_named(gpu)
-    rows = results.summary[results.summary["metric"].isin(["bytes_read", "attended"])]
-    means = pooled(rows, ["label", "budget", "trace", "layer", "metric"])["mean"].unstack("metric")
-    heads = results.cells.drop_duplicates("trace").set_index("trace")
-    known = shapes(results)
-    out = []
-    for at, row in zip(means.index, means.to_dict("records")):
-        label, budget, trace, _ = at
-        us = np.nan
-        if trace in known and {"bytes_read", "attended"} <= set(row):
-            us = attention_us(row["bytes_read"] + (extra_bytes or {}).get(trace, 0.0), row["attended"],
-                              heads.at[trace, "n_kv_heads"], heads.at[trace, "group_size"], *known[trace], device)
-        out.append((label, budget, trace, us))
-    frame = pd.DataFrame(out, columns=["label", "budget", "trace", "us"])
-    per_trace = frame.groupby(["label", "budget", "trace"], sort=False)["us"].sum(min_count=1)
+    extra = costs["trace"].map(extra_bytes).fillna(0.0) if extra_bytes else 0.0
+    us = attention_us(costs["bytes_read"] + extra, costs["attended"], costs["n_kv_heads"], costs["group_size"],
+                      costs["head_dim"], costs["v_head_dim"], device)
+    per_trace = costs.assign(us=us).groupby(["label", "budget", "trace"], sort=False)["us"].sum(min_count=1)
     return per_trace.groupby(["label", "budget"], sort=False).mean()

@@ -7,6 +7,7 @@ in the logarithms of size and error, and never beyond its first and last budget.
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -41,9 +42,13 @@ class Curve:
     def name(self):
         return f"{self.label}+{self.compensator}" if self.compensator else self.label
 
+    @cached_property
+    def columns(self):
+        return {name: self.points[name].to_numpy() for name in self.points}
+
     @property
     def span(self):
-        return float(self.points["size"].iloc[0]), float(self.points["size"].iloc[-1])
+        return float(self.columns["size"][0]), float(self.columns["size"][-1])
 
     def reaches(self, size):
         low, high = self.span
@@ -51,7 +56,7 @@ class Curve:
 
     def between(self, size):
         """(position of the point below, of the point above, weight of the latter)."""
-        sizes = self.points["size"].to_numpy()
+        sizes = self.columns["size"]
         size = float(np.clip(size, sizes[0], sizes[-1]))
         right = int(np.searchsorted(sizes, size))
         if sizes[right] <= size * (1 + 1e-12):
@@ -78,9 +83,8 @@ def curves(results, at="tokens", compensated=None, gpu=latency.DEFAULT):
     compensated = at == "bytes" if compensated is None else compensated
     rows = results.summary[results.summary["metric"].isin([*METRICS, "error_corrected"])]
     means = pooled(rows, ["label", "budget", "metric", "compensator"])["mean"].to_dict()
-    if not any(key[2] == "error_output" for key in means):
-        raise Absent("this run has no error_output: run again with --metrics all")
-    us = latency.decode_us(results, gpu).to_dict()
+    costs_of_steps = latency.step_costs(results)
+    us = latency.decode_us(costs_of_steps, gpu).to_dict()
     out = []
     for label, cells in results.cells.groupby("label", sort=False):
         what = cells.iloc[0]
@@ -91,7 +95,10 @@ def curves(results, at="tokens", compensated=None, gpu=latency.DEFAULT):
         for c in variants:
             state = state_bytes(results, c, what["method"]) if c else {}
             extra = float(np.mean([state[t] for t in cells["trace"].unique()])) if c else 0.0
-            slow = latency.decode_us(results.only(label=label), gpu, state).to_dict() if c else us
+            slow = us
+            if c:
+                mine = costs_of_steps[costs_of_steps["label"] == label]
+                slow = latency.decode_us(mine, gpu, state).to_dict()
             points = []
             for budget in dict.fromkeys(cells["budget"]):
                 point = {m: means.get((label, budget, m, ""), np.nan) for m in METRICS}
@@ -107,6 +114,9 @@ def curves(results, at="tokens", compensated=None, gpu=latency.DEFAULT):
             if len(frame):
                 out.append(Curve(label, what["method"], what["group"], what["foresight"], c,
                                  what["compensator_acting"], frame))
+    if not out:
+        raise Absent(f"this run did not measure {at if at == 'bytes' else 'resident'} or error_output, so methods cannot "
+                     "be brought to one size: run again with --metrics all")
     _add_sums(results, out)
     return out
 
@@ -144,12 +154,13 @@ def state_bytes(results, compensator, method):
     return out
 
 
-def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAULT, bands=True):
+def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAULT, bands=True, budget=None):
     """The table: methods ranked by error at equal size, once for each budget of each group.
 
     at    tokens: equal resident tokens; bytes: equal bytes per KV head. Per-step selection keeps everything and is
           compared at equal bytes read in a step, in its own group, whatever `at` says
     base  what a method is an improvement over (label or canonical name; default: streaming, else random, of the group)
+    budget   only near this one (or several), as it was asked; methods without a budget stay
 
     One row for each curve and budget: group, unit (what is equal), budget (as asked, near which the comparison is
     drawn), at (the size), rank (1 is best; oracles and sizes without a number have none), label, method, compensator
@@ -161,6 +172,11 @@ def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAUL
     if base is not None and base not in set(results.cells["label"]) | set(results.cells["method"]):
         raise UsageError(f"base {base} is not in {results.folder}, which has {', '.join(results.labels)}"
                          f"{nearest(base, results.labels)}")
+    budgets = [budget] if isinstance(budget, str) else results.budgets if budget is None else list(budget)
+    for b in budgets:
+        if b not in results.budgets:
+            raise UsageError(f"budget {b} is not in {results.folder}, which has "
+                             f"{', '.join(results.budgets) or 'no budgets'}{nearest(b, results.budgets)}")
     found = curves(results, at, compensated, gpu)
     groups = [g for g in [*GROUPS, *sorted({c.group for c in found} - set(GROUPS))] if any(c.group == g for c in found)]
     rows = []
@@ -169,8 +185,9 @@ def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAUL
         budgeted = [c for c in mine if any(c.points["budget"] != "")]
         chosen_base = _base(budgeted, base)
         unit = _unit(group, at)
-        for budget, size in references(budgeted, results.budgets):
-            rows += _at(budgeted, group, unit, budget, size, chosen_base, bands)
+        for near, size in references(budgeted, results.budgets):
+            if near in budgets:
+                rows += _at(budgeted, group, unit, near, size, chosen_base, bands)
         for c in mine:
             if c not in budgeted:
                 rows.append({**_head(c, group, unit), "budget": "", "at": float(c.points["size"].iloc[0]),
@@ -191,8 +208,8 @@ def references(group, budgets):
     budget; of these sizes the one that most curves reach, and of these the one closest to the methods' median."""
     middles = {}
     for budget in budgets:
-        sizes = [float(s) for c in group if not c.compensator
-                 for s in c.points.loc[c.points["budget"] == budget, "size"]]
+        sizes = [float(s) for c in group if not c.compensator for b, s in zip(c.columns["budget"], c.columns["size"])
+                 if b == budget]
         if sizes:
             middles[budget] = float(np.median(sizes))
     order = sorted(middles, key=middles.get)
@@ -292,7 +309,7 @@ def _head(c, group, unit):
 def _interval(parts, statistic):
     """95 % of a statistic of the interpolated errors of several (curve, size), all drawn together."""
     ends = [(c, *c.between(size)) for c, size in parts]
-    budgets = [(c, c.points["budget"].iloc[i]) for c, below, above, _ in ends for i in (below, above)]
+    budgets = [(c, c.columns["budget"][i]) for c, below, above, _ in ends for i in (below, above)]
     names = set.intersection(*(set(c.sums[b]) for c, b in budgets))
     traces = [np.column_stack([c.sums[b][t] for c, b in budgets]) for t in budgets[0][0].sums[budgets[0][1]] if t in names]
 
@@ -306,8 +323,7 @@ def _interval(parts, statistic):
 
 def _numbers(c, size, bands=True):
     below, above, weight = c.between(size)
-    one, other = c.points.iloc[below], c.points.iloc[above]
-    out = {name: float(along(one[name], other[name], weight))
+    out = {name: float(along(c.columns[name][below], c.columns[name][above], weight))
            for name in ("error_output", "resident", "bytes", "bytes_read", "latency_us")}
     out["low"], out["high"] = _interval([(c, size)], lambda e: e) if bands else (np.nan, np.nan)
     return out
@@ -332,7 +348,7 @@ def _at(group, name, unit, budget, size, base, bands):
         row.update(numbers[id(c)])
         row["base"], row["oracle"] = base.name if base else "", oracle.name if oracle else ""
         below, above, _ = c.between(size)
-        asked = c.points["budget"].iloc
+        asked = c.columns["budget"]
         notes = [f"measured at budget {asked[below]}" if below == above
                  else f"between budgets {asked[below]} and {asked[above]}"]
         if c.acting and unit == "tokens":

@@ -1,4 +1,6 @@
-"""Tables for a terminal."""
+"""Frames as text: tables for a terminal, records for JSON."""
+
+import math
 
 
 def number(value):
@@ -13,3 +15,23 @@ def aligned(table):
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return ["  ".join(cell.ljust(w) if i == 0 or not table[0][i] else cell.rjust(w)
                       for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in table]
+
+
+def records(frame):
+    """Rows of a frame as JSON can hold them, every digit kept; what is no finite number becomes null."""
+    return [{name: _plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _plain(value):
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if hasattr(value, "item"):
+        value = value.item()
+    return value if isinstance(value, (int, bool)) else float(value) if _is_finite(value) else None
+
+
+def _is_finite(value):
+    try:
+        return math.isfinite(value)
+    except TypeError:  # pandas' missing integer
+        return False

@@ -69,12 +69,11 @@ def to_json(found, by=None):
     """One object: the sides, the rows, wins, the worst cell and what is in one side alone; NaN becomes null."""
     import json
 
-    def records(frame):
-        return json.loads(frame.to_json(orient="records", double_precision=15))
+    from ..text import records
 
     out = {"a": found.title_a, "b": found.title_b, "rows": records(found.rows),
            "n_cells": len(found.cells), "n_identical": int(found.cells["identical"].sum()),
-           "worst": records(found.worst().to_frame().T.infer_objects())[0],
+           "worst": records(found.cells.loc[[found.cells["apart"].idxmax()]])[0],
            "only_in_a": {what: sides[0] for what, sides in found.only.items()},
            "only_in_b": {what: sides[1] for what, sides in found.only.items()}}
     if found.by_method:

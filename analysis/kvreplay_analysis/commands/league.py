@@ -15,11 +15,14 @@ def add(commands):
 
 
 def run(asked):
-    from ..errors import UsageError, nearest
+    import json
+
+    from ..errors import UsageError
     from ..latency import DEFAULT
     from ..league import league
     from ..report import scopes
     from ..results import load
+    from ..text import records
 
     if asked.json and asked.csv:
         raise UsageError("--json and --csv cannot both be printed; give one")
@@ -30,18 +33,11 @@ def run(asked):
     if asked.head_type:
         title, scope = f"{title}, {asked.head_type} heads", scope.only(head_type=asked.head_type)
     gpu = asked.gpu or DEFAULT
-    table = league(scope, asked.at, asked.base, gpu=gpu)
-    if asked.budget:
-        budgets = asked.budget.split(",")
-        for b in budgets:
-            if b not in scope.budgets:
-                raise UsageError(f"budget {b} is not in {asked.folder}, which has "
-                                 f"{', '.join(scope.budgets) or 'no budgets'}{nearest(b, scope.budgets)}")
-        table = table[table["budget"].isin([*budgets, ""])]
+    table = league(scope, asked.at, asked.base, gpu=gpu, budget=asked.budget.split(",") if asked.budget else None)
     if asked.csv:
         print(table.to_csv(index=False, float_format="%.9g", lineterminator="\n"), end="")
     elif asked.json:
-        print(table.to_json(orient="records", double_precision=15, indent=2))
+        print(json.dumps(records(table), indent=2, ensure_ascii=False))
     else:
         print(to_text(table, title, gpu))
 

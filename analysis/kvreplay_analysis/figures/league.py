@@ -22,16 +22,18 @@ def data(results, budget=None):
     """tokens, bytes: the rows of league.league(results, at=...) near this budget that have a number."""
     require(results, "error_output")
     budget = results.default_budget if budget is None else budget
+    if not budget:
+        raise Absent("no method of this run has a budget, so there is no size to compare at")
     out = {}
     for at in league.AT:
         if at == "bytes" and not results.has("bytes"):
             continue
-        table = league.league(results, at)
+        table = league.league(results, at, budget=budget)
         rows = table[(table["budget"] == budget) & table["error_output"].notna()]
         if len(rows):
             out[at] = rows.reset_index(drop=True)
     if not out:
-        raise Absent(f"no method has a budget near {budget or 'any'}, so there is no size to compare at")
+        raise Absent(f"no method has an error and a size near budget {budget}")
     return out
 
 

@@ -63,8 +63,7 @@ def draw(results, budget=None, style="double", frames=None):
                                 figsize=(WIDTHS[style], low + tall if single else max(2.0, tall)),
                                 **({"height_ratios": [low, tall]} if single else {"width_ratios": [1, 1.15]}))
     where, dots = axes.flat
-    colours = ListedColormap([LOOKS[t][0] for t in taxonomy.TYPES])
-    colours.set_bad("#f0f0f0")
+    colours = ListedColormap([LOOKS[t][0] for t in taxonomy.TYPES]).with_extremes(bad="#f0f0f0")
     where.imshow(np.ma.masked_invalid(matrix.to_numpy(float)), aspect="auto", cmap=colours,
                  norm=BoundaryNorm(np.arange(-0.5, 4.5), 4), interpolation="nearest")
     where.grid(False)
