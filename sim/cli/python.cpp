@@ -26,7 +26,7 @@ std::string python() {
   }
   const std::string own = std::string(kSource) + "/.venv/bin/python";
   if (!std::filesystem::exists(own)) {
-    throw std::runtime_error("reports need Python and there is none at " + own +
+    throw std::runtime_error("this command needs Python and there is none at " + own +
                              "; run scripts/setup once, or set KVREPLAY_PYTHON to an interpreter that has the "
                              "packages of analysis/requirements.txt");
   }

@@ -25,7 +25,10 @@ void add_report_command(CLI::App& app) {
   auto name = std::make_shared<std::string>();
   auto from = std::make_shared<std::string>();
   auto figure_options = std::make_shared<Forwarded>(figure);
-  figure->add_option("NAME", *name, "error_resident, correction, mismatch, mass_error, heads or decode")->required();
+  figure
+      ->add_option("NAME", *name,
+                   "error_resident, league, pareto, correction, mismatch, mass_error, heads, taxonomy, decode or ranks")
+      ->required();
   figure->add_option("DIR", *from, "Results folder that `kvreplay run --out` wrote")->required();
   figure_options->add("--format", "pdf, svg or png (default: by the ending of --out, else pdf)", "FORMAT");
   figure_options->add("--style", "Width: single or double column (default double)", "STYLE");
