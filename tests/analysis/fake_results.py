@@ -60,6 +60,14 @@ def write(folder, plan=None):
                         values = _steps(rng, plan, cell, budget)
                         _put(file, rows, plan, len(cells), cell, values)
                         cells.append(cell)
+        where = np.random.default_rng(plan.seed + 1)  # of its own, so that the cells' numbers stay what they are
+        for trace, *_ in plan.traces:
+            for layer in plan.layers:
+                sink, local, far = where.dirichlet((1, 1, 1), plan.n_heads).T
+                for name, column in (("sink", sink), ("local", local), ("far", far),
+                                     ("entropy", where.uniform(0, 1, plan.n_heads)),
+                                     ("concentration", where.uniform(0, 0.8, plan.n_heads))):
+                    file[f"heads/{trace}/{layer:03d}/{name}"] = column
         group = file.create_group("cells")
         group.attrs["block_steps"] = 64
         for name in cells[0] if cells else []:

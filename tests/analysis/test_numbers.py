@@ -148,7 +148,7 @@ def test_same_figure_same_bytes(tmp_path):
     from kvreplay_analysis.style import plt, to_bytes
 
     results = load(fake_results.write(tmp_path / "r", fake_results.Plan(
-        methods=fake_results.Plan().methods[3:5], budgets=[32, 64], layers=[0, 1], n_heads=2, n_kv_heads=1)))
+        methods=fake_results.Plan().methods[2:5], budgets=[32, 64], layers=[0, 1], n_heads=2, n_kv_heads=1)))
     for module in figures.ALL.values():
         for format in ("pdf", "svg"):
             first, second = (to_bytes(module.draw(results), format) for _ in range(2))

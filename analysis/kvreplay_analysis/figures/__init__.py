@@ -6,6 +6,7 @@
     interactive(results, frames)           {variant: plotly figure as a dict} for the page
 """
 
-from . import correction, decode, error_resident, heads, mass_error, mismatch
+from . import correction, decode, error_resident, heads, league, mass_error, mismatch, pareto, ranks, taxonomy
 
-ALL = {module.NAME: module for module in (error_resident, correction, mismatch, mass_error, heads, decode)}
+ALL = {module.NAME: module for module in (error_resident, league, pareto, correction, mismatch, mass_error,
+                                             heads, taxonomy, decode, ranks)}
