@@ -93,7 +93,10 @@ class Results:
                              "run it again")
             cells = self.cells.drop_duplicates(["trace", "layer"])
             for trace, layer, group_size in zip(cells["trace"], cells["layer"], cells["group_size"]):
-                group = file[f"heads/{_stored(trace)}/{layer:03d}"]
+                at = f"heads/{_stored(trace)}/{layer:03d}"
+                if at not in file:
+                    raise ResultsError(f"{self.folder / 'results.h5'}: /{at} is missing")
+                group = file[at]
                 columns = {name: group[name][()] for name in HEAD_STATISTICS}
                 q_head = np.arange(len(columns["sink"]))
                 rows.append(pd.DataFrame({"trace": trace, "layer": int(layer), "kv_head": q_head // group_size,

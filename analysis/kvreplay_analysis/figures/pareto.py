@@ -136,7 +136,7 @@ def interactive(results, frames):
                          "dash": "dot" if mine.oracle else "dash" if compensator else mine.plotly_dash},
                 "marker": {"color": mine.colour, "symbol": symbol, "size": 6 if compensator else 8},
                 "customdata": [[b or "no budget", f"{r:.1f}"] for b, r in zip(line["budget"], line["resident"])],
-                "hovertemplate": f"<b>%{{fullData.name}}</b><br>asked budget %{{customdata[0]}}<br>{title} %{{x:.4~s}}"
+                "hovertemplate": f"<b>%{{fullData.name}}</b><br>asked budget %{{customdata[0]}}<br>{title} %{{x:.5~g}}"
                                  "<br>resident %{customdata[1]}<br>error_output %{y:.4f}<extra></extra>"})
             seen.add(name)
         best = drawn[drawn[front]].sort_values(cost)
@@ -150,7 +150,7 @@ def interactive(results, frames):
                            "title": {"text": "error_output"}})
     for i, (cost, _, title) in enumerate(panels):
         layout["xaxis" if i == 0 else f"xaxis{i + 1}"].update(type="log", title={"text": title}, dtick="D2",
-                                                             tickformat="~s")
+                                                             tickformat="~s" if cost == "bytes" else "~g")
         if i > 0:
             layout[f"yaxis{i + 1}"]["matches"] = "y"
     layout["annotations"] = []  # the axes say it

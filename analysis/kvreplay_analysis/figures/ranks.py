@@ -14,6 +14,7 @@ HOW_TO_READ = ("Each square is Kendall's tau between the orders of the methods (
                "of heads, budgets or traces: 1 is the same order, 0 none in common, -1 the reverse; low squares mean that "
                "the best method depends on where one looks.")
 BY_BUDGET = True
+SEES_ALL_BUDGETS = True  # they are one of the factors
 N_NUMBERED = 14  # levels up to which squares carry their number
 _GROUPS = {"evictable": "prompt evictable", "pinned": "prompt pinned", "selection": "per-step selection"}
 _NAMES = {"layer": "layer", "head_type": "head type", "budget": "budget", "trace": "trace"}
@@ -63,7 +64,7 @@ def _panels(frames):
 @paper
 def draw(results, budget=None, style="double", frames=None):
     panels = _panels(frames or data(results, budget))
-    columns = min(len(panels), 1 if style == "single" else 3)
+    columns = min(len(panels), 1 if style == "single" else 2 if len(panels) == 4 else 3)
     n_lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(n_lines, columns, figsize=(WIDTHS[style], 2.3 * n_lines + 0.1), squeeze=False,
                                 layout="constrained")

@@ -18,7 +18,7 @@ HOW_TO_READ = ("Every query head by where it looks in the uncompressed cache: at
                "selection, which do not compare at one budget.")
 BY_BUDGET = True
 N_METHODS = {"single": 12, "double": 20}
-LOOKS = {"sink": ("#56b4e9", "s"), "local": ("#8f8f8f", "o"), "retrieval": ("#d55e00", "D"), "diffuse": ("#3d3a8c", "^")}
+LOOKS = {"sink": ("#56b4e9", "s"), "local": ("#8f8f8f", "o"), "retrieval": ("#d55e00", "D"), "diffuse": ("#7566c9", "^")}
 
 
 def data(results, budget=None):
