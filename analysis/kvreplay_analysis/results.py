@@ -139,7 +139,7 @@ class Results:
         if mine.empty:
             raise Absent(f"no head of {self.folder} is of type {head_type}; there are "
                          f"{', '.join(t for t in TYPES if (found['head_type'] == t).any())}")
-        kept = {(t, n): np.asarray(rows["head_type"] == head_type) for (t, n), rows in found.groupby(["trace", "layer"])}
+        kept = {at: np.asarray(rows["head_type"] == head_type) for at, rows in found.groupby(["trace", "layer"])}
         if self.kept_heads is not None:
             kept = {key: mask & self.kept_heads[key] for key, mask in kept.items()}
         summary, at = self.summary, ["trace", "layer", "q_head"]

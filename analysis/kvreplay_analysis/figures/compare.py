@@ -88,8 +88,9 @@ def _by_head(figure, ax, comparison, budget, metric):
     matrix = heads.pivot(index="layer", columns="head", values="difference")
     values = matrix.to_numpy(float)
     top = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 0
-    image = ax.imshow(np.ma.masked_invalid(values), aspect="auto", cmap=plt.get_cmap("PuOr_r").with_extremes(bad="#c4c4c4"),
-                      vmin=-(top or 1), vmax=top or 1, interpolation="nearest")
+    colours = plt.get_cmap("PuOr_r").with_extremes(bad="#c4c4c4")
+    image = ax.imshow(np.ma.masked_invalid(values), aspect="auto", cmap=colours, vmin=-(top or 1), vmax=top or 1,
+                      interpolation="nearest")
     ax.grid(False)
     every_row, every_column = -(-len(matrix) // 8), -(-matrix.shape[1] // 8)
     ax.set_yticks(range(0, len(matrix), every_row), matrix.index[::every_row])

@@ -10,8 +10,8 @@ from .common import group_title, groups_present, log_axis, log_if_wide, require,
 
 NAME = "league"
 TITLE = "League at equal size"
-HOW_TO_READ = ("Methods from the lowest error at the top to the highest, all brought to one measured size by reading their "
-               "own curves between budgets; bars are 95 % intervals; closed, at the right "
+HOW_TO_READ = ("Methods from the lowest error at the top to the highest, all brought to one measured size by reading "
+               "their own curves between budgets; bars are 95 % intervals; closed, at the right "
                "edge or on pointing, is the share of the way from the base to the best oracle that a method covers "
                "(above 1 it beats the oracle, below 0 it is worse than the base).")
 BY_BUDGET = True
@@ -116,7 +116,8 @@ def interactive(results, frames):
         traces = []
         for row in rows.to_dict("records"):
             mine, _, face = _look(look, row)
-            low, high = (abs(row[end] - row["error_output"]) if np.isfinite(row[end]) else 0.0 for end in ("low", "high"))
+            low, high = (abs(row[end] - row["error_output"]) if np.isfinite(row[end]) else 0.0
+                         for end in ("low", "high"))
             traces.append({
                 "type": "scatter", "mode": "markers", "name": _ranked(row), "showlegend": False,
                 "meta": row["label"].removesuffix(f"+{row['compensator']}") if row["compensator"] else row["label"],

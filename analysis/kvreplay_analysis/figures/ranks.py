@@ -10,9 +10,9 @@ from .common import group_title, rounded
 
 NAME = "ranks"
 TITLE = "Stability of the order of methods"
-HOW_TO_READ = ("Each square is Kendall's tau between the orders of the methods (by mean error_output) in two layers, types "
-               "of heads, budgets or traces: 1 is the same order, 0 none in common, -1 the reverse; low squares mean that "
-               "the best method depends on where one looks.")
+HOW_TO_READ = ("Each square is Kendall's tau between the orders of the methods (by mean error_output) in two layers, "
+               "types of heads, budgets or traces: 1 is the same order, 0 none in common, -1 the reverse; low squares "
+               "mean that the best method depends on where one looks.")
 BY_BUDGET = True
 SEES_ALL_BUDGETS = True  # they are one of the factors
 N_NUMBERED = 14  # levels up to which squares carry their number
@@ -88,7 +88,8 @@ def draw(results, budget=None, style="double", frames=None):
             for a in range(len(names)):
                 for b in range(len(names)):
                     if np.isfinite(tau[a, b]):
-                        ax.text(b, a, f"{tau[a, b]:.2f}", ha="center", va="center", fontsize=6.4 if len(names) < 9 else 4.6,
+                        ax.text(b, a, f"{tau[a, b]:.2f}", ha="center", va="center",
+                                fontsize=6.4 if len(names) < 9 else 4.6,
                                 color="white" if abs(tau[a, b]) > 0.55 else "#222222")
     figure.colorbar(image, ax=axes, label="Kendall's tau-b", shrink=0.8 if n_lines > 1 else 0.9, pad=0.015,
                     aspect=30 if n_lines > 1 else 18)
@@ -114,8 +115,8 @@ def interactive(results, frames):
             "text": text, "texttemplate": "%{text}" if len(names) <= N_NUMBERED else "", "xgap": 1, "ygap": 1,
             "customdata": [[[best[a], best[b]] for b in names] for a in names],
             "colorbar": {"title": {"text": "tau-b"}},
-            "hovertemplate": f"{_NAMES[factor]} %{{y}} and %{{x}}: tau %{{z:.2f}}<br>best in %{{y}}: %{{customdata[0]}}<br>"
-                             "best in %{x}: %{customdata[1]}<extra></extra>"}],
+            "hovertemplate": f"{_NAMES[factor]} %{{y}} and %{{x}}: tau %{{z:.2f}}<br>"
+                             "best in %{y}: %{customdata[0]}<br>best in %{x}: %{customdata[1]}<extra></extra>"}],
             "layout": {"xaxis": {"type": "category", "showgrid": False, "constrain": "domain",
                                  "title": {"text": f"{_NAMES[factor]} ({n_methods} methods)"}},
                        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False, "automargin": True}}}
