@@ -290,7 +290,8 @@ def _chosen(results, method):
     names = dict(zip([*first["method"], *first["label"]], [*first["label"], *first["label"]]))
     if method in names:
         return names[method], ""
-    beside, acting = dict(zip(first["label"], first["compensators"])), dict(zip(first["label"], first["compensator_acting"]))
+    beside = dict(zip(first["label"], first["compensators"]))
+    acting = dict(zip(first["label"], first["compensator_acting"]))
     for c in results.compensators:
         plain = method.removesuffix(f"+{c}")
         if plain != method and plain in names and not acting[names[plain]] and c in beside[names[plain]]:
@@ -316,8 +317,8 @@ def _same_traces(a, b, wanted):
         if t in hashes[1]:
             other = hashes[1][t]
             if mine and other and mine != other:
-                raise UsageError(f"trace {t} has content_hash {mine} in {a.folder} and {other} in {b.folder}: two traces "
-                                 "of one name, whose steps cannot be paired")
+                raise UsageError(f"trace {t} has content_hash {mine} in {a.folder} and {other} in {b.folder}: two "
+                                 "traces of one name, whose steps cannot be paired")
             same[t] = t
         else:
             twin = next((u for u, h in hashes[1].items() if h and h == mine), None)
@@ -370,7 +371,9 @@ def _only(a, b, two, traces, left, right):
     one_trace = len(traces) == 1
 
     def names(what, values):
-        return [str(layer) if one_trace else f"{trace}:{layer}" for trace, layer in values] if what == "layers" else values
+        if what != "layers":
+            return values
+        return [str(layer) if one_trace else f"{trace}:{layer}" for trace, layer in values]
 
     return {what: (names(what, [x for x in mine[what] if x not in other[what]]),
                    names(what, [x for x in other[what] if x not in mine[what]])) for what in mine}

@@ -66,7 +66,7 @@ class Curve:
 
 
 def along(below, above, weight):
-    """Between two numbers on a straight line in logarithms; a straight line in the numbers where one is not positive."""
+    """Between two numbers on a straight line in logarithms; straight in the numbers where one is not positive."""
     below, above = np.asarray(below, float), np.asarray(above, float)
     with np.errstate(invalid="ignore", divide="ignore"):
         in_logs = np.exp((1 - weight) * np.log(below) + weight * np.log(above))
@@ -115,8 +115,8 @@ def curves(results, at="tokens", compensated=None, gpu=latency.DEFAULT):
                 out.append(Curve(label, what["method"], what["group"], what["foresight"], c,
                                  what["compensator_acting"], frame))
     if not out:
-        raise Absent(f"this run did not measure {at if at == 'bytes' else 'resident'} or error_output, so methods cannot "
-                     "be brought to one size: run again with --metrics all")
+        raise Absent(f"this run did not measure {at if at == 'bytes' else 'resident'} or error_output, so methods "
+                     "cannot be brought to one size: run again with --metrics all")
     _add_sums(results, out)
     return out
 
@@ -311,7 +311,8 @@ def _interval(parts, statistic):
     ends = [(c, *c.between(size)) for c, size in parts]
     budgets = [(c, c.columns["budget"][i]) for c, below, above, _ in ends for i in (below, above)]
     names = set.intersection(*(set(c.sums[b]) for c, b in budgets))
-    traces = [np.column_stack([c.sums[b][t] for c, b in budgets]) for t in budgets[0][0].sums[budgets[0][1]] if t in names]
+    first, budget = budgets[0]
+    traces = [np.column_stack([c.sums[b][t] for c, b in budgets]) for t in first.sums[budget] if t in names]
 
     def errors(sums):
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -354,7 +355,8 @@ def _at(group, name, unit, budget, size, base, bands):
         if c.acting and unit == "tokens":
             notes.append(f"{c.acting} keeps a state that tokens do not count: see bytes")
         if base is None or oracle is None:
-            notes.append("no distance closed: the group has no " + ("oracle" if base else f"base ({' or '.join(BASES)})"))
+            lacks = "oracle" if base else f"base ({' or '.join(BASES)})"
+            notes.append(f"no distance closed: the group has no {lacks}")
         elif base not in there:
             notes.append(f"no distance closed: {base.name} does not reach this size")
         else:
@@ -362,7 +364,8 @@ def _at(group, name, unit, budget, size, base, bands):
             if span > 0:
                 row["closed"] = (numbers[id(base)]["error_output"] - row["error_output"]) / span
                 if bands:
-                    row["closed_low"], row["closed_high"] = _interval([(c, size), (base, size), (oracle, size)], _closed)
+                    found = _interval([(c, size), (base, size), (oracle, size)], _closed)
+                    row["closed_low"], row["closed_high"] = found
             else:
                 notes.append(f"no distance closed: {oracle.name} is no better than {base.name} here")
         row["note"] = "; ".join(notes)

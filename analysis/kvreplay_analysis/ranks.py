@@ -34,7 +34,8 @@ def errors(results, factor, budget=None, group="evictable"):
         raise Absent(f"an order needs {LEAST} methods, and at budget {budget} the run has "
                      f"{wanted['label'].nunique()} in this group" if factor != "budget" else
                      f"an order needs {LEAST} methods, and the run has {wanted['label'].nunique()} in this group")
-    table = pooled(rows, [factor, "label"])["mean"].unstack("label").reindex(columns=list(dict.fromkeys(wanted["label"])))
+    table = pooled(rows, [factor, "label"])["mean"].unstack("label")
+    table = table.reindex(columns=list(dict.fromkeys(wanted["label"])))
     order = {"layer": sorted(table.index), "trace": [t for t in results.traces if t in table.index],
              "budget": [b for b in results.budgets if b in table.index],
              "head_type": [t for t in taxonomy.TYPES if t in table.index]}[factor]

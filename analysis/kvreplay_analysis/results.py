@@ -93,7 +93,10 @@ class Results:
                              "run it again")
             cells = self.cells.drop_duplicates(["trace", "layer"])
             for trace, layer, group_size in zip(cells["trace"], cells["layer"], cells["group_size"]):
-                group = file[f"heads/{_stored(trace)}/{layer:03d}"]
+                at = f"heads/{_stored(trace)}/{layer:03d}"
+                if at not in file:
+                    raise ResultsError(f"{self.folder / 'results.h5'}: /{at} is missing")
+                group = file[at]
                 columns = {name: group[name][()] for name in HEAD_STATISTICS}
                 q_head = np.arange(len(columns["sink"]))
                 rows.append(pd.DataFrame({"trace": trace, "layer": int(layer), "kv_head": q_head // group_size,
@@ -136,7 +139,7 @@ class Results:
         if mine.empty:
             raise Absent(f"no head of {self.folder} is of type {head_type}; there are "
                          f"{', '.join(t for t in TYPES if (found['head_type'] == t).any())}")
-        kept = {(t, n): np.asarray(rows["head_type"] == head_type) for (t, n), rows in found.groupby(["trace", "layer"])}
+        kept = {at: np.asarray(rows["head_type"] == head_type) for at, rows in found.groupby(["trace", "layer"])}
         if self.kept_heads is not None:
             kept = {key: mask & self.kept_heads[key] for key, mask in kept.items()}
         summary, at = self.summary, ["trace", "layer", "q_head"]

@@ -68,7 +68,8 @@ def interval_of(values, budget, layers=LAYERS, traces=TRACES, heads=range(HEADS)
     """The paired interval, resample by resample, block by block."""
     draws = bootstrap._draws((len(BLOCKS),) * len(traces), bootstrap.N_RESAMPLES, bootstrap.SEED)
     sums = [[[sum(values[label, budget, n, t][h, s] for n in layers for h in heads for s in block)
-              for label in ("h2o", "tova")] + [len(layers) * len(heads) * len(block)] for block in BLOCKS] for t in traces]
+              for label in ("h2o", "tova")] + [len(layers) * len(heads) * len(block)] for block in BLOCKS]
+            for t in traces]
     resampled = []
     for r in range(bootstrap.N_RESAMPLES):
         a = b = n = 0.0
@@ -120,7 +121,8 @@ def test_wins_count_units(found):
         assert row["a_lower"] == sum(d < 0 for d in units["difference"])
         assert row["b_lower"] == sum(d > 0 for d in units["difference"])
         assert row["a_lower"] + row["b_lower"] + row["equal"] == row["units"]
-        assert row["b_surely"] == sum(x > 0 for x in units["low"]) and row["a_surely"] == sum(x < 0 for x in units["high"])
+        assert row["b_surely"] == sum(x > 0 for x in units["low"])
+        assert row["a_surely"] == sum(x < 0 for x in units["high"])
     assert wins.at[("16", "head"), "b_lower"] > 0
 
 

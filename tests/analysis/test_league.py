@@ -38,8 +38,8 @@ def law_cells(labels=tuple(LAWS), budgets=BUDGETS, layers=(0,), traces=("t",), s
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     cells = law_cells(layers=(0, 3), traces=("t", "u"))
-    cells += [cell("full", "", {"error_output": 0.0, "resident": 144, "attended": 144, "bytes": 4608, "bytes_read": 4608},
-                   layer=n, trace=t) for n in (0, 3) for t in ("t", "u")]
+    cells += [cell("full", "", {"error_output": 0.0, "resident": 144, "attended": 144, "bytes": 4608,
+                                "bytes_read": 4608}, layer=n, trace=t) for n in (0, 3) for t in ("t", "u")]
     return load(exact_results.write(tmp_path_factory.mktemp("league") / "run", cells))
 
 
@@ -123,7 +123,8 @@ def test_never_beyond_a_curve(tmp_path):
 
 
 def test_one_budget_compares_what_is_of_one_size(tmp_path):
-    cells = [cell("a", 64, {"error_output": 0.2, "resident": 65}), cell("b", 64, {"error_output": 0.1, "resident": 65.3}),
+    cells = [cell("a", 64, {"error_output": 0.2, "resident": 65}),
+             cell("b", 64, {"error_output": 0.1, "resident": 65.3}),
              cell("c", 64, {"error_output": 0.3, "resident": 70})]
     rows = league.league(load(exact_results.write(tmp_path / "r", cells))).set_index("label")
     assert (rows.at["a", "rank"], rows.at["b", "rank"]) == (2, 1)
@@ -175,7 +176,8 @@ def test_intervals_between_budgets(tmp_path):
         closed.append((base - method) / (base - oracle))
     assert row["error_output"] == pytest.approx(at_size("h2o", [1, 1, 1]), rel=1e-8)
     assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile(errors, [0.025, 0.975])), rel=1e-8)
-    assert (row["closed_low"], row["closed_high"]) == pytest.approx(tuple(np.quantile(closed, [0.025, 0.975])), rel=1e-6)
+    expected = tuple(np.quantile(closed, [0.025, 0.975]))
+    assert (row["closed_low"], row["closed_high"]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_no_error_is_no_logarithm(tmp_path):
@@ -217,15 +219,16 @@ def test_state_of_a_compensator_is_charged(tmp_path):
 
 def test_selection_is_compared_by_bytes_read(tmp_path):
     cells = [cell(label, b, {"error_output": e / b, "resident": 144, "attended": b, "bytes": 4608, "bytes_read": r * b},
-                  group="selection", method=f"full+{label}") for label, e, r in (("quest", 1, 40.0), ("topk", 0.9, 60.0))
-             for b in BUDGETS]
+                  group="selection", method=f"full+{label}")
+             for label, e, r in (("quest", 1, 40.0), ("topk", 0.9, 60.0)) for b in BUDGETS]
     for at in league.AT:
         rows = league.league(load(exact_results.write(tmp_path / at, cells)), at)
         assert set(rows["unit"]) == {"bytes read"} and set(rows["group"]) == {"selection"}
         for row in rows[rows["error_output"].notna()].to_dict("records"):
             assert row["bytes_read"] == pytest.approx(row["at"])
             assert row["error_output"] == pytest.approx({"quest": 40, "topk": 54}[row["label"]] / row["at"], rel=1e-9)
-        assert rows.set_index(["label", "budget"]).at[("quest", "64"), "rank"] == 1  # though topk has less at one budget
+        # Though topk has the lower error at one budget.
+        assert rows.set_index(["label", "budget"]).at[("quest", "64"), "rank"] == 1
 
 
 def test_groups_are_kept_apart_and_the_base_is_the_groups(tmp_path):
@@ -331,7 +334,8 @@ def test_figures_draw_the_tables(run, table):
     shown = frames["tokens"]
     assert list(shown["error_output"]) == list(table.loc[table["budget"] == "64", "error_output"])
     picture = figures.league.draw(run, "64", frames=frames)
-    points = [line.get_xdata()[0] for line in picture.axes[0].get_lines() if line.get_marker() not in ("", "None", None)]
+    lines = [line for line in picture.axes[0].get_lines() if line.get_marker() not in ("", "None", None)]
+    points = [line.get_xdata()[0] for line in lines]
     np.testing.assert_allclose(points, shown["error_output"])
     frames = figures.pareto.data(run)
     picture = figures.pareto.draw(run, frames=frames)

@@ -52,7 +52,8 @@ def run(tmp_path_factory):
     for b in (16, 32):
         cells += [cell("oracle_mass", b, {"error_output": 0.01, "resident": b}, layer=n, trace=t, foresight="oracle")
                   for n in (0, 1, 2) for t in ("t", "u")]
-    cells += [cell("full", "", {"error_output": 0, "resident": 99}, layer=n, trace=t) for n in (0, 1, 2) for t in ("t", "u")]
+    cells += [cell("full", "", {"error_output": 0, "resident": 99}, layer=n, trace=t) for n in (0, 1, 2)
+              for t in ("t", "u")]
     local = dict(sink=[0.1] * 4, local=[0.8, 0.8, 0.1, 0.1], far=[0.1, 0.1, 0.8, 0.8], entropy=[0.5] * 4,
                  concentration=[0.1] * 4)
     where = {(t, n): local for t in ("t", "u") for n in (0, 1, 2)}

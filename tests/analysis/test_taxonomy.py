@@ -93,7 +93,8 @@ def test_every_number_can_be_split(run, values, head_type):
             assert (row["error_output_low"], row["error_output_high"]) == (low, high)
     for cell_, blocks in split.blocks("error_output").items():
         layer = split.cells.at[cell_, "layer"]
-        assert [h for h in range(HEADS) if np.isfinite(blocks[h]).all()] == [h for n, h in KEPT[head_type] if n == layer]
+        kept = [h for n, h in KEPT[head_type] if n == layer]
+        assert [h for h in range(HEADS) if np.isfinite(blocks[h]).all()] == kept
     for cell_, blocks in split.blocks("resident").items():  # a KV head counts if any of its query heads does
         layer = split.cells.at[cell_, "layer"]
         assert [g for g in range(2) if np.isfinite(blocks[g]).all()] == sorted({h // 2 for n, h in KEPT[head_type]

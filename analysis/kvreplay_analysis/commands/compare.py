@@ -11,7 +11,7 @@ def add(commands):
     parser.add_argument("--budget", help="only these budgets as they were asked, separated by commas")
     parser.add_argument("--trace", help="only these traces, separated by commas")
     parser.add_argument("--by", metavar="LEVEL", help="also one line for each layer, head, step or trace")
-    parser.add_argument("--tolerance", metavar="X", help="exit 1 where the means of a cell are more than this share apart")
+    parser.add_argument("--tolerance", metavar="X", help="exit 1 where means of a cell are more than this share apart")
     parser.add_argument("--json", action="store_true", help="the numbers as JSON")
     parser.add_argument("--out", metavar="FILE", help="also draw the differences: pdf, svg or png by its ending")
     parser.add_argument("--style", default="double", help="width of the figure: single or double column")
@@ -44,8 +44,8 @@ def run(asked):
     worst = found.worst()
     if tolerance is not None and worst["apart"] > tolerance:
         print(f"kvreplay compare: {_named(worst)}{_at(worst)} on {worst['trace']} layer {worst['layer']} has "
-              f"{_metric(worst)} {worst['mean_a']:.9g} in A and {worst['mean_b']:.9g} in B, {worst['apart']:.3g} apart; "
-              f"--tolerance allows {tolerance:g}, which {int((found.cells['apart'] > tolerance).sum())} of "
+              f"{_metric(worst)} {worst['mean_a']:.9g} in A and {worst['mean_b']:.9g} in B, {worst['apart']:.3g} "
+              f"apart; --tolerance allows {tolerance:g}, which {int((found.cells['apart'] > tolerance).sum())} of "
               f"{len(found.cells)} cells exceed", file=sys.stderr)
         return 1
     return 0

@@ -46,8 +46,8 @@ def to_text(table, title, gpu):
     from ..results import GROUPS
     from ..text import aligned, number
 
-    lines = [f"{title}: mean error_output at equal size, its 95 % interval (block bootstrap), the share of the way from "
-             f"the base to the best oracle; latency estimated for {gpu}"]
+    lines = [f"{title}: mean error_output at equal size, its 95 % interval (block bootstrap), the share of the way "
+             f"from the base to the best oracle; latency estimated for {gpu}"]
     for (group, budget), rows in table.groupby(["group", "budget"], sort=False):
         unit = rows["unit"].iloc[0]
         lines += ["", f"{GROUPS.get(group, group)}, " + (f"near budget {budget}: {number(rows['at'].iloc[0])} {unit}"
@@ -55,7 +55,8 @@ def to_text(table, title, gpu):
         named = rows[rows["closed"].notna()]
         if len(named):
             lines[-1] += f" (base {named['base'].iloc[0]}, oracle {named['oracle'].iloc[0]})"
-        cells = [["method", "rank", "error_output", "95 %", "closed", "tokens", "bytes", "bytes read", "latency us", ""]]
+        cells = [["method", "rank", "error_output", "95 %", "closed", "tokens", "bytes", "bytes read", "latency us",
+                  ""]]
         for r in rows.to_dict("records"):
             name = r["label"] + (" (oracle)" if r["foresight"] == "oracle" else "")
             if r["error_output"] != r["error_output"]:

@@ -4,6 +4,7 @@ among figures.ALL; `kvreplay compare --out FILE` draws it."""
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from ..compare import ROUNDING
 from ..style import GREY, WIDTHS, paper, plt
 
 N_ROWS = 40  # methods and budgets that the first panel has room for
@@ -64,7 +65,7 @@ def _middle(comparison):
 def _by_budget(ax, rows, by_method):
     at = np.arange(len(rows))[::-1]
     for y, row in zip(at, rows.to_dict("records")):
-        sure = row["relative_low"] > 0 or row["relative_high"] < 0
+        sure = (row["relative_low"] > 0 or row["relative_high"] < 0) and abs(row["relative"]) > ROUNDING
         colour = (A_LOWER if row["difference"] < 0 else B_LOWER) if sure else GREY
         if np.isfinite(row["relative_low"]):
             ax.plot([100 * row["relative_low"], 100 * row["relative_high"]], [y, y], color=colour, linewidth=1.4,
@@ -75,6 +76,8 @@ def _by_budget(ax, rows, by_method):
     ax.set_ylim(-0.7, len(rows) - 0.3)
     ax.set_xlabel("(A − B) / B, %")
     ax.xaxis.set_major_locator(MaxNLocator(5))
+    if rows["relative"].abs().max() <= ROUNDING:  # rounding is not drawn as if it were something
+        ax.set_xlim(-0.01, 0.01)
     # Blue: A lower; orange: B lower; open grey: no significant difference. Said in words, not by colour alone.
     ax.set_title("left: A is lower, right: B is")
 
@@ -85,8 +88,9 @@ def _by_head(figure, ax, comparison, budget, metric):
     matrix = heads.pivot(index="layer", columns="head", values="difference")
     values = matrix.to_numpy(float)
     top = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 0
-    image = ax.imshow(np.ma.masked_invalid(values), aspect="auto", cmap=plt.get_cmap("PuOr_r").with_extremes(bad="#c4c4c4"),
-                      vmin=-(top or 1), vmax=top or 1, interpolation="nearest")
+    colours = plt.get_cmap("PuOr_r").with_extremes(bad="#c4c4c4")
+    image = ax.imshow(np.ma.masked_invalid(values), aspect="auto", cmap=colours, vmin=-(top or 1), vmax=top or 1,
+                      interpolation="nearest")
     ax.grid(False)
     every_row, every_column = -(-len(matrix) // 8), -(-matrix.shape[1] // 8)
     ax.set_yticks(range(0, len(matrix), every_row), matrix.index[::every_row])
@@ -105,10 +109,20 @@ def _by_step(ax, comparison, metric):
     for budget, colour in zip(budgets, colours):
         line = steps[steps["budget"] == budget]
         ax.plot(line["step"] + comparison.a.block_steps / 2, line["difference"], color=colour, marker="o")
-        last = line.iloc[-1]
-        ax.annotate(budget, (last["step"] + comparison.a.block_steps / 2, last["difference"]), xytext=(4, 0),
-                    textcoords="offset points", va="center", fontsize=6, color=colour)
     ax.axhline(0, color="#333333", linewidth=0.7)
     ax.set_xlim(left=0)
+    ends = [steps[steps["budget"] == budget].iloc[-1] for budget in budgets]
+    for end, colour, y in zip(ends, colours, _apart([e["difference"] for e in ends], ax.get_ylim())):
+        ax.annotate(end["budget"], (end["step"] + comparison.a.block_steps / 2, y), xytext=(4, 0),
+                    textcoords="offset points", va="center", fontsize=6, color=colour)
     ax.set_xlabel("decode step")
-    ax.set_title("A − B along the decode" + (", by budget" if any(budgets) else ""))
+    ax.set_title("A − B by step" + (" and budget" if any(budgets) else ""))
+
+
+def _apart(values, limits):
+    """Heights of labels: those of the values, moved up where they would lie on each other."""
+    least = 0.06 * (limits[1] - limits[0])
+    out, last = list(values), -np.inf
+    for i in np.argsort(values, kind="stable"):
+        out[i] = last = max(values[i], last + least)
+    return out

@@ -10,11 +10,12 @@ from .common import group_title, groups_present, log_axis, log_if_wide, require,
 
 NAME = "league"
 TITLE = "League at equal size"
-HOW_TO_READ = ("Methods from the lowest error at the top to the highest, all brought to one measured size by reading their "
-               "own curves between budgets; bars are 95 % intervals, and the number on the right is the share of the way "
-               "from the base to the best oracle that a method closes (above 1 it beats the oracle, below 0 it is worse "
-               "than the base).")
+HOW_TO_READ = ("Methods from the lowest error at the top to the highest, all brought to one measured size by reading "
+               "their own curves between budgets; bars are 95 % intervals; closed, at the right "
+               "edge or on pointing, is the share of the way from the base to the best oracle that a method covers "
+               "(above 1 it beats the oracle, below 0 it is worse than the base).")
 BY_BUDGET = True
+SEES_ALL_BUDGETS = True  # a curve is read between budgets
 N_ROWS = 16  # of each panel of the static figure
 
 
@@ -112,27 +113,28 @@ def _ranked(row):
 def interactive(results, frames):
     look, out = looks(results), {}
     for _, title, rows in _panels(frames):
-        names = [_ranked(r) for r in rows.to_dict("records")]
-        styles = [_look(look, r) for r in rows.to_dict("records")]
-        low = np.where(np.isfinite(rows["low"]), rows["error_output"] - rows["low"], 0.0)
-        high = np.where(np.isfinite(rows["high"]), rows["high"] - rows["error_output"], 0.0)
-        trace = {"type": "scatter", "mode": "markers", "x": rounded(rows["error_output"]), "y": names,
-                 "error_x": {"type": "data", "symmetric": False, "array": rounded(high), "arrayminus": rounded(low),
-                             "color": "#999999", "thickness": 1.5, "width": 0},
-                 "marker": {"color": [mine.colour for mine, *_ in styles], "size": 9,
-                            "symbol": [mine.plotly_marker + ("-open" if face == "white" else "")
-                                       for mine, _, face in styles]},
-                 "customdata": [[c, r, b, note] for c, r, b, note in
-                                zip(rounded(rows["closed"], 3), rounded(rows["resident"], 5), rounded(rows["bytes"], 6),
-                                    rows["note"])],
-                 "hovertemplate": "<b>%{y}</b><br>error_output %{x:.4f}<br>closed %{customdata[0]}<br>resident "
-                                  "%{customdata[1]} tokens, %{customdata[2]} bytes<br>%{customdata[3]}<extra></extra>",
-                 "showlegend": False}
+        traces = []
+        for row in rows.to_dict("records"):
+            mine, _, face = _look(look, row)
+            low, high = (abs(row[end] - row["error_output"]) if np.isfinite(row[end]) else 0.0
+                         for end in ("low", "high"))
+            traces.append({
+                "type": "scatter", "mode": "markers", "name": _ranked(row), "showlegend": False,
+                "meta": row["label"].removesuffix(f"+{row['compensator']}") if row["compensator"] else row["label"],
+                "x": rounded([row["error_output"]]), "y": [_ranked(row)],
+                "error_x": {"type": "data", "symmetric": False, "array": rounded([high]), "arrayminus": rounded([low]),
+                            "color": mine.colour, "thickness": 1.5, "width": 0},
+                "marker": {"color": mine.colour, "size": 9,
+                           "symbol": mine.plotly_marker + ("-open" if face == "white" else "")},
+                "customdata": [[rounded([row["closed"]], 3)[0], *rounded([row["resident"], row["bytes"]], 6),
+                                row["note"]]],
+                "hovertemplate": "<b>%{y}</b><br>error_output %{x:.4f}<br>closed %{customdata[0]}<br>resident "
+                                 "%{customdata[1]} tokens, %{customdata[2]} bytes<br>%{customdata[3]}<extra></extra>"})
         scale = log_if_wide(rows["error_output"], 8)
         axis = log_axis(rows["error_output"]) if scale == "log" else {"rangemode": "tozero"}
         closed = rows[rows["closed"].notna()]
         base = f" (base {closed['base'].iloc[0]}, oracle {closed['oracle'].iloc[0]})" if len(closed) else ""
-        out[title] = {"data": [trace], "layout": {
+        out[title] = {"data": traces, "layout": {
             "xaxis": {**axis, "title": {"text": "error_output" + base}},
             "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "dtick": 1},
             "height": 130 + 22 * len(rows), "hovermode": "closest"}}

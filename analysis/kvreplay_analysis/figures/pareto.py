@@ -11,9 +11,9 @@ from .common import axis_names, log_axis, log_if_wide, panel_layout, require, ro
 
 NAME = "pareto"
 TITLE = "Error against bytes and decode latency"
-HOW_TO_READ = ("Each point is a method at a budget; ringed points on the dark line form the Pareto front, where no other "
-               "point is as small and as accurate: on the left in bytes per KV head, on the right in an estimate of the "
-               f"attention's time per decode step on one {latency.DEFAULT} (roofline, lower bound).")
+HOW_TO_READ = ("Each point is a method at a budget; ringed points on the dark line form the Pareto front, where no "
+               "other point is as small and as accurate: on the left in bytes per KV head, on the right in an estimate "
+               f"of the attention's time per decode step on one {latency.DEFAULT} (roofline, lower bound).")
 BY_BUDGET = False
 N_NAMED = {"single": 10, "double": 16}
 _COSTS = [("bytes", "front_bytes", "bytes per KV head"),
@@ -103,7 +103,8 @@ def draw(results, budget=None, style="double", frames=None):
 
 def _ticks(axis):
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 60 * low else (1, 3) if high < 900 * low else (1,)))
+    steps = (1, 2, 5) if high < 60 * low else (1, 3) if high < 900 * low else (1,)
+    axis.set_major_locator(LogLocator(base=10, subs=steps))
     axis.set_major_formatter(FuncFormatter(_short))
     axis.set_minor_formatter(NullFormatter())
     axis.set_minor_locator(NullLocator())
@@ -136,7 +137,7 @@ def interactive(results, frames):
                          "dash": "dot" if mine.oracle else "dash" if compensator else mine.plotly_dash},
                 "marker": {"color": mine.colour, "symbol": symbol, "size": 6 if compensator else 8},
                 "customdata": [[b or "no budget", f"{r:.1f}"] for b, r in zip(line["budget"], line["resident"])],
-                "hovertemplate": f"<b>%{{fullData.name}}</b><br>asked budget %{{customdata[0]}}<br>{title} %{{x:.4~s}}"
+                "hovertemplate": f"<b>%{{fullData.name}}</b><br>asked budget %{{customdata[0]}}<br>{title} %{{x:.5~g}}"
                                  "<br>resident %{customdata[1]}<br>error_output %{y:.4f}<extra></extra>"})
             seen.add(name)
         best = drawn[drawn[front]].sort_values(cost)
@@ -150,7 +151,7 @@ def interactive(results, frames):
                            "title": {"text": "error_output"}})
     for i, (cost, _, title) in enumerate(panels):
         layout["xaxis" if i == 0 else f"xaxis{i + 1}"].update(type="log", title={"text": title}, dtick="D2",
-                                                             tickformat="~s")
+                                                             tickformat="~s" if cost == "bytes" else "~g")
         if i > 0:
             layout[f"yaxis{i + 1}"]["matches"] = "y"
     layout["annotations"] = []  # the axes say it
@@ -164,7 +165,7 @@ def note(results, frames):
     if exact:
         parts.append(f"Error 0, so not on a logarithmic axis: {', '.join(exact)}.")
     if (frame["compensator"] != "").any():
-        parts.append("Names with +mean, +moments, ... are corrections measured beside a method; their state is charged.")
+        parts.append("Names with +mean, +moments, ... are corrections measured beside a method, their state charged.")
     else:
         parts.append("No corrections beside methods are drawn: run.json does not say what their states weigh.")
     if frame["latency_us"].isna().all():

@@ -10,10 +10,11 @@ from .common import group_title, rounded
 
 NAME = "ranks"
 TITLE = "Stability of the order of methods"
-HOW_TO_READ = ("Each square is Kendall's tau between the orders of the methods (by mean error_output) in two layers, types "
-               "of heads, budgets or traces: 1 is the same order, 0 none in common, -1 the reverse; low squares mean that "
-               "the best method depends on where one looks.")
+HOW_TO_READ = ("Each square is Kendall's tau between the orders of the methods (by mean error_output) in two layers, "
+               "types of heads, budgets or traces: 1 is the same order, 0 none in common, -1 the reverse; low squares "
+               "mean that the best method depends on where one looks.")
 BY_BUDGET = True
+SEES_ALL_BUDGETS = True  # they are one of the factors
 N_NUMBERED = 14  # levels up to which squares carry their number
 _GROUPS = {"evictable": "prompt evictable", "pinned": "prompt pinned", "selection": "per-step selection"}
 _NAMES = {"layer": "layer", "head_type": "head type", "budget": "budget", "trace": "trace"}
@@ -63,7 +64,7 @@ def _panels(frames):
 @paper
 def draw(results, budget=None, style="double", frames=None):
     panels = _panels(frames or data(results, budget))
-    columns = min(len(panels), 1 if style == "single" else 3)
+    columns = min(len(panels), 1 if style == "single" else 2 if len(panels) == 4 else 3)
     n_lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(n_lines, columns, figsize=(WIDTHS[style], 2.3 * n_lines + 0.1), squeeze=False,
                                 layout="constrained")
@@ -87,7 +88,8 @@ def draw(results, budget=None, style="double", frames=None):
             for a in range(len(names)):
                 for b in range(len(names)):
                     if np.isfinite(tau[a, b]):
-                        ax.text(b, a, f"{tau[a, b]:.2f}", ha="center", va="center", fontsize=6.4 if len(names) < 9 else 4.6,
+                        ax.text(b, a, f"{tau[a, b]:.2f}", ha="center", va="center",
+                                fontsize=6.4 if len(names) < 9 else 4.6,
                                 color="white" if abs(tau[a, b]) > 0.55 else "#222222")
     figure.colorbar(image, ax=axes, label="Kendall's tau-b", shrink=0.8 if n_lines > 1 else 0.9, pad=0.015,
                     aspect=30 if n_lines > 1 else 18)
@@ -113,8 +115,8 @@ def interactive(results, frames):
             "text": text, "texttemplate": "%{text}" if len(names) <= N_NUMBERED else "", "xgap": 1, "ygap": 1,
             "customdata": [[[best[a], best[b]] for b in names] for a in names],
             "colorbar": {"title": {"text": "tau-b"}},
-            "hovertemplate": f"{_NAMES[factor]} %{{y}} and %{{x}}: tau %{{z:.2f}}<br>best in %{{y}}: %{{customdata[0]}}<br>"
-                             "best in %{x}: %{customdata[1]}<extra></extra>"}],
+            "hovertemplate": f"{_NAMES[factor]} %{{y}} and %{{x}}: tau %{{z:.2f}}<br>"
+                             "best in %{y}: %{customdata[0]}<br>best in %{x}: %{customdata[1]}<extra></extra>"}],
             "layout": {"xaxis": {"type": "category", "showgrid": False, "constrain": "domain",
                                  "title": {"text": f"{_NAMES[factor]} ({n_methods} methods)"}},
                        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False, "automargin": True}}}

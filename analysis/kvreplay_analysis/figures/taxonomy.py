@@ -12,13 +12,14 @@ from .common import about, at_budget, axis_names, panel_layout, require, rounded
 
 NAME = "taxonomy"
 TITLE = "Types of heads"
-HOW_TO_READ = ("Every query head by where it looks in the uncompressed cache: at the first tokens (sink), at the latest "
-               "(local), at a few tokens far away (retrieval) or at many (diffuse); on the right each method's mean "
-               "error_output over the heads of each type; lines part the prompt evictable, the prompt pinned and per-step "
-               "selection, which do not compare at one budget.")
+HOW_TO_READ = ("Every query head by where it looks in the uncompressed cache: at the first tokens (sink), at the "
+               "latest (local), at a few tokens far away (retrieval) or at many (diffuse); on the right each method's "
+               "mean error_output over the heads of each type; lines part the prompt evictable, the prompt pinned and "
+               "per-step selection, which do not compare at one budget.")
 BY_BUDGET = True
 N_METHODS = {"single": 12, "double": 20}
-LOOKS = {"sink": ("#56b4e9", "s"), "local": ("#8f8f8f", "o"), "retrieval": ("#d55e00", "D"), "diffuse": ("#3d3a8c", "^")}
+LOOKS = {"sink": ("#56b4e9", "s"), "local": ("#8f8f8f", "o"), "retrieval": ("#d55e00", "D"),
+         "diffuse": ("#7566c9", "^")}
 
 
 def data(results, budget=None):
@@ -113,17 +114,16 @@ def interactive(results, frames):
         codes = one.assign(code=one["head_type"].map(taxonomy.TYPES.index))
         matrix = codes.pivot(index="layer", columns="q_head", values="code")
         told = {(r.layer, r.q_head): r for r in one.itertuples()}
-        text = [[[told[n, h].head_type, *(round(getattr(told[n, h], c), 3) if np.isfinite(getattr(told[n, h], c)) else None
-                                          for c in taxonomy.HEAD_STATISTICS)] if (n, h) in told else None
-                 for h in matrix.columns] for n in matrix.index]
+        text = [[[told[n, h].head_type, *rounded([getattr(told[n, h], c) for c in taxonomy.HEAD_STATISTICS], 3)]
+                 if (n, h) in told else None for h in matrix.columns] for n in matrix.index]
         scale = [[edge, LOOKS[t][0]] for i, t in enumerate(taxonomy.TYPES) for edge in (i / 4, (i + 1) / 4)]
         x, y = axis_names(0)
         traces = [{"type": "heatmap", "z": [rounded(row) for row in matrix.to_numpy(float)], "zmin": -0.5, "zmax": 3.5,
                    "x": [str(c) for c in matrix.columns], "y": [str(r) for r in matrix.index], "colorscale": scale,
                    "showscale": False, "xgap": 1, "ygap": 1, "xaxis": x, "yaxis": y, "customdata": text,
-                   "hovertemplate": "layer %{y}, query head %{x}: <b>%{customdata[0]}</b><br>sink %{customdata[1]}, local "
-                                    "%{customdata[2]}, far %{customdata[3]}<br>entropy %{customdata[4]}, concentration "
-                                    "%{customdata[5]}<extra></extra>"}]
+                   "hovertemplate": "layer %{y}, query head %{x}: <b>%{customdata[0]}</b><br>sink %{customdata[1]}, "
+                                    "local %{customdata[2]}, far %{customdata[3]}<br>entropy %{customdata[4]}, "
+                                    "concentration %{customdata[5]}<extra></extra>"}]
         x, y = axis_names(1)
         names = {x: shown_name(x, about(results, x)["foresight"]) for x in _order(results, errors)}
         for kind in taxonomy.TYPES:
@@ -157,5 +157,5 @@ def _alike(heads):
 def note(results, frames):
     counts = frames["heads"].drop_duplicates(["layer", "q_head"])["head_type"].value_counts()
     return (", ".join(f"{counts.get(t, 0)} {t}" for t in taxonomy.TYPES) + f" of {int(counts.sum())} heads. A type "
-            f"describes this text: far attention from {taxonomy.FAR:g} on is looking far, and of that {taxonomy.CONCENTRATION:g} "
-            "on the largest hundredth of the tokens is retrieval; docs/compare.md has the rules.")
+            f"describes this text: far attention from {taxonomy.FAR:g} on is looking far, and of that "
+            f"{taxonomy.CONCENTRATION:g} on the largest hundredth of the tokens is retrieval (docs/compare.md).")
