@@ -26,29 +26,27 @@ def order(results):
 
 
 def pack(results, packed, room):
-    """({key: blob}, {kind: number left out}) with at most `room` bytes of blobs.
+    """({key: blob}, kinds that did not all fit) with at most `room` bytes of blobs.
 
-    Keys are KIND/TRACE/LABEL/BUDGET; `packed` turns a value into a blob. A kind that the run does not have is absent
-    from both.
+    Keys are KIND/TRACE/LABEL/BUDGET; `packed` turns a value into a blob.
     """
-    blobs, left_out = {}, {}
-    full = set()
+    blobs, full = {}, set()
     for trace, label, budget in order(results):
         cells = results.cells
         mine = results.with_cells((cells["trace"] == trace) & (cells["label"] == label) & (cells["budget"] == budget))
         for kind, of in (("head", _head), ("pca", _pca), ("raster", _raster)):
-            if kind not in full:
-                value = of(mine)
-                if value is None:
-                    continue
-                blob = packed(value)
-                if len(blob) <= room:
-                    room -= len(blob)
-                    blobs["/".join((kind, trace, label, budget))] = blob
-                    continue
+            if kind in full:
+                continue
+            value = of(mine)
+            blob = packed(value) if value is not None else ""
+            if len(blob) > room:
                 full.add(kind)
-            left_out[kind] = left_out.get(kind, 0) + 1
-    return blobs, left_out
+            elif blob:
+                room -= len(blob)
+                blobs["/".join((kind, trace, label, budget))] = blob
+        if len(full) == 3:
+            break
+    return blobs, full
 
 
 def _head(results):
@@ -134,10 +132,13 @@ def _nested(values, digits):
     return flat.reshape(np.shape(values)).tolist()
 
 
-def sentence(left_out, n_all):
-    """What was left out, in words; '' where everything is there."""
-    if not left_out:
+def sentence(results, blobs, full):
+    """What of it the page holds, in words; '' where everything is there."""
+    if not full:
         return ""
-    parts = [f"{KINDS[kind]} of {n} of {n_all} configurations" for kind, n in left_out.items()]
-    return ("To stay small, this page leaves out the " + ", the ".join(parts) + "; kvreplay figure NAME DIR --method LABEL "
-            "--budget B --layer L --head H draws them.")
+    parts = [f"the {what} of {sum(key.startswith(kind + '/') for key in blobs)}" for kind, what in KINDS.items()
+             if kind in full]
+    text = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+    return (f"To stay small, this page holds {text} of the {len(order(results))} configurations (methods, budgets and "
+            "traces), those at the default budget first; kvreplay figure head, raster or pca DIR --method LABEL --budget B "
+            "--layer L --head H draws any.")

@@ -1,63 +1,37 @@
-"""What a run found, for its first screen: the best method of each group and budget, how far the best oracle is, and
-what a correction gives back. Everything is computed from the table of configurations and its blocks."""
+"""What a run found, for the first screen of its report: the best method of each group and budget at equal tokens, how far
+the best oracle is, and what a correction gives back. The numbers are those of the league and of the table."""
 
 import numpy as np
 import pandas as pd
 
-from . import bootstrap
 from .results import GROUPS
 
-MORE_TOKENS = 1.05  # a method that keeps more than this times its group's median is not compared at that budget
 
+def best(league, compensated=False):
+    """Frame with one row per group and budget of a league: who is first and what stands around it. Methods with a
+    compensator from beside them take part if `compensated`.
 
-def best(results, table):
-    """Frame with one row per group and budget: the method of least error_output and what stands around it.
-
-    Columns: group, budget, label, error_output, low, high, tokens (resident; attended in the group `selection`),
-    n_methods (compared), next, next_error, difference (next − best) with difference_low and _high (paired block
-    bootstrap), oracle, oracle_error (the best oracle there), left_out (labels that keep more tokens than the others).
+    Columns: group, budget, unit, at (the size at which they are compared), label, error_output, low, high, n_methods
+    (ranked), next, next_error, next_low, next_high, base, oracle, oracle_error, closed (share of the way from the base
+    to the best oracle), left_out (methods that have no number at this size).
     """
     rows = []
-    asked = table[(table["budget"] != "") & table["error_output"].notna()]
-    for group in [g for g in GROUPS if (asked["group"] == g).any()]:
-        for budget in [b for b in results.budgets if ((asked["group"] == group) & (asked["budget"] == b)).any()]:
-            here = asked[(asked["group"] == group) & (asked["budget"] == budget)].copy()
-            here["tokens"] = here["attended" if group == "selection" else "resident"]
-            methods, oracles = here[here["foresight"] != "oracle"], here[here["foresight"] == "oracle"]
-            more = methods["tokens"] > MORE_TOKENS * methods["tokens"].median()
-            compared = methods[~more].sort_values("error_output", kind="stable")
-            if compared.empty:
-                continue
-            first = compared.iloc[0]
-            row = {"group": group, "budget": budget, "label": first["label"], "error_output": first["error_output"],
-                   "low": first["error_output_low"], "high": first["error_output_high"], "tokens": first["tokens"],
-                   "n_methods": len(compared), "left_out": list(methods[more]["label"]), "next": "",
-                   "next_error": np.nan, "difference": np.nan, "difference_low": np.nan, "difference_high": np.nan,
-                   "oracle": "", "oracle_error": np.nan}
-            if len(compared) > 1:
-                second = compared.iloc[1]
-                row["next"], row["next_error"] = second["label"], second["error_output"]
-                row["difference"], row["difference_low"], row["difference_high"] = difference(
-                    results, first["label"], second["label"], budget)
-            if len(oracles):
-                oracle = oracles.sort_values("error_output", kind="stable").iloc[0]
-                row["oracle"], row["oracle_error"] = oracle["label"], oracle["error_output"]
-            rows.append(row)
+    asked = league[(league["budget"] != "") & (compensated | (league["compensator"] == ""))] if len(league) else league
+    for (group, budget), here in asked.groupby(["group", "budget"], sort=False) if len(asked) else []:
+        methods = here[here["foresight"] != "oracle"]
+        ranked = methods[methods["error_output"].notna()].sort_values("error_output", kind="stable")
+        if ranked.empty:
+            continue
+        first = ranked.iloc[0]
+        second = ranked.iloc[1] if len(ranked) > 1 else {}
+        oracle = here[here["label"] == first["oracle"]]
+        rows.append({
+            **first[["group", "budget", "unit", "at", "label", "error_output", "low", "high"]], "n_methods": len(ranked),
+            "next": second.get("label", ""), "next_error": second.get("error_output", np.nan),
+            "next_low": second.get("low", np.nan), "next_high": second.get("high", np.nan), "base": first["base"],
+            "oracle": first["oracle"], "oracle_error": oracle["error_output"].iloc[0] if len(oracle) else np.nan,
+            "closed": first["closed"], "left_out": list(methods.loc[methods["error_output"].isna(), "label"])})
     return pd.DataFrame(rows)
-
-
-def difference(results, label, other, budget):
-    """(estimate, low, high) of the error_output of `other` less that of `label` at a budget, on the same blocks."""
-    def sums(name):
-        cells = results.cells
-        mine = results.with_cells((cells["label"] == name) & (cells["budget"] == budget))
-        return bootstrap.totals(mine, [("error_output", "")])
-
-    a, b = sums(label), sums(other)
-    if len(a) != len(b) or any(len(x) != len(y) for x, y in zip(a, b)):
-        return np.nan, np.nan, np.nan  # an unfinished run: they do not rest on the same traces
-    return bootstrap.interval([np.hstack([x, y]) for x, y in zip(a, b)],
-                              lambda s: bootstrap.mean(s[..., 2:]) - bootstrap.mean(s[..., :2]))
 
 
 def given_back(results, table, budget):
@@ -90,12 +64,20 @@ def rests_on(results):
             "n_blocks": n_blocks}
 
 
-def sentences(results, table, found, number, shown=str):
-    """The findings at the run's default budget in words; `number` writes a number, `shown` a label."""
+def sentences(results, table, at_tokens, at_bytes, number, shown=str):
+    """The findings at the run's default budget in words, from the frames of `best` at equal tokens and at equal bytes;
+    `number` writes a number, `shown` a label."""
     out = []
     budget = results.default_budget
-    for row in found[found["budget"] == budget].itertuples() if len(found) else []:
-        out.append(_about_best(row, number, shown))
+    for row in at_tokens[at_tokens["budget"] == budget].itertuples() if len(at_tokens) else []:
+        text = _about_best(row, number, shown)
+        same = at_bytes[(at_bytes["budget"] == budget) & (at_bytes["group"] == row.group)] if len(at_bytes) else at_bytes
+        if len(same) and row.unit == "tokens":
+            other = same.iloc[0]
+            text += (f" At equal bytes ({number(other['at'])} per KV head, the state of corrections charged) "
+                     f"{'it is also' if other['label'] == row.label else 'it is'} {shown(other['label'])}, with "
+                     f"{number(other['error_output'])}.")
+        out.append(text)
     back = given_back(results, table, budget)
     for group, mine in back.groupby("group", sort=False) if len(back) else []:
         out.append(_about_correction(group, budget, mine, shown))
@@ -104,35 +86,27 @@ def sentences(results, table, found, number, shown=str):
 
 
 def _about_best(row, number, shown):
-    group = GROUPS[row.group]
-    text = f"{group}, budget {row.budget}: "
+    def between(low, high):
+        return f" (95 % {number(low)} to {number(high)})" if np.isfinite(low) and low < high else ""
+
+    text = f"{GROUPS.get(row.group, row.group)}, budget {row.budget}, compared at {number(row.at)} {row.unit}: "
     if row.n_methods == 1:
-        text += f"{shown(row.label)} is the only method, with a mean error_output of {number(row.error_output)}"
+        text += f"{shown(row.label)} is the only method that reaches this size; its mean error_output is "
     else:
-        text += (f"{shown(row.label)} has the least error of {row.n_methods} methods, "
-                 f"a mean error_output of {number(row.error_output)}")
-    if np.isfinite(row.low) and row.low < row.high:
-        text += f" (95 % {number(row.low)} to {number(row.high)})"
-    text += f" at {number(row.tokens)} {'attended' if row.group == 'selection' else 'resident'} tokens"
+        text += f"{shown(row.label)} has the least error of {row.n_methods} methods, a mean error_output of "
+    text += number(row.error_output) + between(row.low, row.high)
     if row.next:
-        text += f"; next is {shown(row.next)} with {number(row.next_error)}"
-        if np.isfinite(row.difference_low):
-            span = f"95 % {number(row.difference_low)} to {number(row.difference_high)}"
-            text += (f", {number(row.difference)} more ({span})" if row.difference_low > 0 else
-                     f", no significant difference ({span})")
+        text += f"; next is {shown(row.next)} with {number(row.next_error)}{between(row.next_low, row.next_high)}"
     text += "."
     if row.oracle:
-        if row.oracle_error <= 0:
-            text += f" The best oracle, {shown(row.oracle)}, has none."
-        elif row.oracle_error < row.error_output:
-            text += (f" The best oracle, {shown(row.oracle)}, has {number(row.oracle_error)}: the method's error is "
-                     f"{number(row.error_output / row.oracle_error)} times as large.")
-        else:
-            text += (f" The best oracle, {shown(row.oracle)}, has {number(row.oracle_error)}, which is not less: it "
-                     "knows what selection could, and returns no corrected output.")
+        text += f" The best oracle there, {shown(row.oracle)}, has {number(row.oracle_error)}"
+        if np.isfinite(row.closed):
+            text += (f": of the way from {shown(row.base)} to it, {shown(row.label)} goes "
+                     f"{100 * row.closed:.0f} %".replace("-", "−"))
+        text += "."
     if row.left_out:
-        text += (f" Left out there, keeping over 5 % more tokens than the others' median: "
-                 f"{', '.join(shown(x) for x in row.left_out)}.")
+        n = len(row.left_out)
+        text += f" {n} method{'' if n == 1 else 's'} not measured near this size: {', '.join(map(shown, row.left_out))}."
     return text
 
 
