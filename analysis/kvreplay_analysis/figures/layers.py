@@ -197,7 +197,7 @@ def draw(results, budget=None, style="double", frames=None):
                                textcoords="offset points", fontsize=6.4, ha="right" if row.first_layer else "left")
     theirs[0].annotate("L = 128", (15.5, 0.145), ha="center", fontsize=6.4)
     theirs[0].annotate("L = 1024, most layers", (16, 0.04), ha="center", fontsize=6.4)
-    theirs[0].set(title="error", ylim=(0, None))
+    theirs[0].set(title="error", ylim=(0, 0.85))
     row = next(PAPER[PAPER["quantity"] == "cos_retained_evicted"].itertuples())
     _mark(theirs[1], row, "#0072b2", "o")
     theirs[1].annotate("layers' medians lie in here", (15.5, 0.32), ha="center", fontsize=6.4)
@@ -312,10 +312,10 @@ def _layout(name, frames, label):
         left, top = (i % 3) * (width + gap), i < 3
         layout[f"xaxis{suffix}"] = {"anchor": f"y{suffix}", "domain": [round(left, 4), round(left + width, 4)],
                                     "title": {"text": "layer"}}
-        layout[f"yaxis{suffix}"] = {"anchor": f"x{suffix}", "domain": [0.6, 0.93] if top else [0.0, 0.33]}
+        layout[f"yaxis{suffix}"] = {"anchor": f"x{suffix}", "domain": [0.6, 0.92] if top else [0.0, 0.32]}
         layout["annotations"].append({
             "text": ("<b>error</b>", "<b>cos(f_R, f_E)</b>", "<b>share of the error removed</b>")[i % 3], "xref": "paper",
-            "yref": "paper", "x": left, "y": 0.94 if top else 0.34, "xanchor": "left", "yanchor": "bottom",
+            "yref": "paper", "x": left, "y": 0.93 if top else 0.33, "xanchor": "left", "yanchor": "bottom",
             "showarrow": False})
     layers = sorted(set(frames["error"].loc[frames["error"]["label"] == label, "layer"]))
     for suffix in ("", "2", "3"):
@@ -327,13 +327,22 @@ def _layout(name, frames, label):
     for suffix in ("3", "6"):
         layout[f"yaxis{suffix}"].update(tickformat=".0%", zeroline=True)
     layout["yaxis6"]["range"] = [0, 1]
-    heads = [(f"<b>This run, {name}</b>" + (f", budget {means.iloc[0]['budget']}: {_summary(means.iloc[0])}"
-                                            if len(means) and means.iloc[0]["budget"] else ""), 1.02),
-             (f"<b>{PAPER_TITLE}</b>, {PAPER_SETTING}: {_paper_summary()}", 0.42)]
+    heads = [(f"<b>This run, {name}</b>" + (f", budget {means.iloc[0]['budget']}:<br>{_summary(means.iloc[0])}"
+                                            if len(means) and means.iloc[0]["budget"] else ""), 1.0),
+             (f"<b>{PAPER_TITLE}</b>, {PAPER_SETTING}:<br>{_paper_summary()}", 0.40)]
+    for row in PAPER[(PAPER["quantity"] == "error")].itertuples():
+        layout["annotations"].append({
+            "text": f"L = {row.budget}", "xref": "x4", "yref": "y4", "showarrow": False, "font": {"size": 10},
+            "x": (row.first_layer + row.last_layer) / 2, "y": row.high, "xanchor": "left" if row.last_layer == 0 else
+            "right" if row.first_layer == 29 else "center", "yanchor": "bottom" if row.first_layer == 9 else
+            "top" if row.first_layer == 1 else "middle", "xshift": 8 if row.last_layer == 0 else
+            -8 if row.first_layer == 29 else 0})
+    layout["annotations"].append({"text": "the layers' medians lie in here", "xref": "x5", "yref": "y5", "x": 15.5, "y": 0.27,
+                                  "showarrow": False, "font": {"size": 10}, "yanchor": "bottom"})
     layout["annotations"] += [{"text": text, "xref": "paper", "yref": "paper", "x": 0, "y": y, "xanchor": "left",
-                               "yanchor": "bottom", "showarrow": False} for text, y in heads]
+                               "align": "left", "yanchor": "bottom", "showarrow": False} for text, y in heads]
     layout["legend"]["y"] = -0.16
-    layout["height"] = 720
+    layout["height"] = 760
     return layout
 
 

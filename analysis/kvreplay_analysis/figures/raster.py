@@ -9,9 +9,9 @@ from .common import about, at_budget, chosen_head, shown_first
 
 NAME = "raster"
 TITLE = "Retained positions along the decode"
-HOW_TO_READ = ("Dark is kept: each column is a moment of the decode, each row a stretch of token positions, and the shade "
+HOW_TO_READ = ("Full colour is kept: each column is a moment of the decode, each row a stretch of token positions, and the shade "
                "the share of that stretch which the head's cache still holds (attends, in per-step selection); horizontal "
-               "bars are tokens kept for long, a diagonal band is a recent window, and light grey is not yet written.")
+               "bars are tokens kept for long, a diagonal band is a recent window, and grey is not yet written.")
 BY_BUDGET = True
 OF_A_HEAD = True
 N_TOKEN_BINS, N_STEP_BINS = 64, 80

@@ -303,8 +303,8 @@
         y: rows.map(([, i]) => worst.error_output[i]), marker: {color: "#e0405a", symbol: "x", size: 8},
         hovertemplate: "step %{x}<br>error_output %{y:.4g}<extra></extra>"});
     }
-    await plotted(box.querySelector(".plot"), "head", traces, themed({height: 430, margin: {l: 58, r: 12, t: 12, b: 46},
-      legend: {orientation: "h", y: -0.16}, hovermode: "closest",
+    await plotted(box.querySelector(".plot"), "head", traces, themed({height: 470, margin: {l: 58, r: 12, t: 34, b: 46},
+      legend: {orientation: "h", y: -0.2}, hovermode: "closest",
       xaxis: {title: {text: "decode step"}, anchor: "y2", rangemode: "tozero"},
       yaxis: {domain: [0.48, 1], title: {text: "error"}, rangemode: "tozero"},
       yaxis2: {domain: [0, 0.4], title: {text: "mass, cosine"}, zeroline: true}}, 0));
@@ -335,7 +335,7 @@
       colorscale: dark ? [[0, "#1b2530"], [1, "#7db7f2"]] : [[0, "#f3f8fd"], [1, "#08519c"]],
       colorbar: {title: {text: "kept"}, tickformat: ".0%", thickness: 12},
       hovertemplate: "around step %{x:.0f}, token %{y:.0f}<br>%{z:.0%} kept<extra></extra>"}],
-      themed({height: 430, margin: {l: 58, r: 12, t: 12, b: 46}, plot_bgcolor: css("--grid"),
+      themed({height: 430, margin: {l: 58, r: 12, t: 34, b: 46}, plot_bgcolor: css("--grid"),
         xaxis: {title: {text: "decode step"}, showgrid: false}, yaxis: {title: {text: "token position"}, showgrid: false}}, 0));
     downloads(box.querySelector(".data"), [["retained", fileName("raster"), () => csv([
       ["token", "token_end", "step", "step_end", "retained"], ...share.flatMap((row, t) => row.map((v, s) =>
@@ -375,8 +375,8 @@
       marker: {color: r.colour, size: [0, v < 3 ? 10 : 11], symbol: ["circle", "square", "diamond", "square-open", "circle-open",
         "triangle-up-open", "cross-open", "star-open"][Math.min(v, 7)]},
       hovertemplate: `<b>${r.shown}</b><br>length ${number(r.length)}<extra></extra>`}));
-    await plotted(plane.querySelector(".plot"), "pca", traces, themed({height: 470, margin: {l: 58, r: 12, t: 12, b: 46},
-      legend: {orientation: "h", y: -0.14}, hovermode: "closest", xaxis: {title: {text: "first principal axis"}, zeroline: true},
+    await plotted(plane.querySelector(".plot"), "pca", traces, themed({height: 500, margin: {l: 58, r: 12, t: 34, b: 46},
+      legend: {orientation: "h", y: -0.17}, hovermode: "closest", xaxis: {title: {text: "first principal axis"}, zeroline: true},
       yaxis: {title: {text: "second principal axis"}, scaleanchor: "x", zeroline: true}}, 0));
     const angle = (c) => (c === null ? "–" : `${degrees(c).toFixed(1)}°`);
     place.append(table(`${at.label}, layer ${at.layer}, query head ${at.head}, step ${at.step}`,
