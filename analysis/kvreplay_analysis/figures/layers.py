@@ -11,6 +11,7 @@ import pandas as pd
 from .. import bootstrap
 from ..errors import Absent
 from ..style import WIDTHS, compensator_look, compensator_title, paper, plotly_marker, plt, shown_name
+from ..tables import pooled
 from .common import about, at_budget, configurations, panel_layout, require, rounded
 
 NAME = "layers"
@@ -21,6 +22,7 @@ HOW_TO_READ = ("Left, the error of plain eviction in each layer at every budget;
                "another model.")
 BY_BUDGET = True
 SEES_ALL_BUDGETS = True
+MEANS = ("error", "evicted_mass", "cos_retained_evicted")
 QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 BUDGETS = [("#cc3355", "s"), ("#e8762d", "D"), ("#b58a00", "^"), ("#2c8f4f", "o"), ("#0072b2", "v"), ("#7f5fd0", "P"),
            ("#8a8a8a", "X"), ("#a08770", "h")]
@@ -63,6 +65,8 @@ def data(results, budget=None):
     error = error[error["label"].map(lossy)].reset_index(drop=True)
     if error.empty:
         raise Absent("nothing was evicted in this run")
+    rows = results.summary
+    of_run = pooled(rows[rows["metric"].isin(MEANS)], ["label", "budget", "metric"])["mean"].to_dict()
     cos, removed, means = [], [], []
     for label, asked, mine in configurations(results):
         if not lossy[label]:
@@ -72,10 +76,7 @@ def data(results, budget=None):
             if c != "none":
                 removed += [{"label": label, "budget": asked, "compensator": c, **row} for row in
                             _by_layer(mine, [("error", ""), ("error_corrected", c)], bootstrap.removed_share, "removed")]
-        row = {"label": label, "budget": asked}
-        for metric in ("error", "evicted_mass", "cos_retained_evicted"):
-            row[metric] = _mean(mine, metric)
-        means.append(row)
+        means.append({"label": label, "budget": asked, **{m: of_run.get((label, asked, m), np.nan) for m in MEANS}})
     columns = ["label", "budget", "layer", "of", "n", *QUANTILES]
     of_removed = ["label", "budget", "compensator", "layer", "n", "error", "error_corrected", "removed", "low", "high"]
     return {"error": error, "cos": pd.DataFrame(cos, columns=columns), "removed": pd.DataFrame(removed, columns=of_removed),
@@ -84,40 +85,33 @@ def data(results, budget=None):
 
 def _by_layer(mine, metrics, statistic, name):
     """Rows of a statistic with its interval for each layer of one configuration, traces pooled."""
-    rows = []
-    for layer in sorted(set(mine.cells["layer"])):
-        sums = bootstrap.totals(mine.with_cells(mine.cells["layer"] == layer), metrics)
-        if not sums:
-            continue
+    arrays = [mine.blocks(m, c) for m, c in metrics]
+    per_layer = {}
+    for cell, trace, layer in zip(mine.cells.index, mine.cells["trace"], mine.cells["layer"]):
+        if all(cell in a for a in arrays):
+            bootstrap.add(per_layer.setdefault(layer, {}), trace,
+                          bootstrap.block_sums([a[cell] for a in arrays], mine.block_weights(cell)))
+    for layer in sorted(per_layer):
+        sums = list(per_layer[layer].values())
         estimate, low, high = bootstrap.interval(sums, statistic)
         all_of = sum(s.sum(axis=0) for s in sums)
         row = {"layer": layer, "n": int(all_of[-1]), name: estimate, "low": low, "high": high}
         if len(metrics) > 1:
-            row["error"], row["error_corrected"] = all_of[0] / all_of[-1], all_of[1] / all_of[-1]
-        rows.append(row)
-    return rows
+            with np.errstate(invalid="ignore", divide="ignore"):
+                row["error"], row["error_corrected"] = all_of[:2] / all_of[-1]
+        yield row
 
 
 def _cosines(mine):
     """Quantiles over heads, traces and time of each layer: of single steps where the run has them, else of blocks."""
-    for layer in sorted(set(mine.cells["layer"])):
-        at = mine.with_cells(mine.cells["layer"] == layer)
-        steps = at.steps("cos_retained_evicted")
-        arrays = steps if len(steps) == len(at.cells) else at.blocks("cos_retained_evicted")
-        values = np.concatenate([a.ravel() for a in arrays.values()]).astype(float) if arrays else np.array([])
+    steps = mine.steps("cos_retained_evicted")
+    arrays = steps if len(steps) == len(mine.cells) else mine.blocks("cos_retained_evicted")
+    for layer, cells in sorted(mine.cells.groupby("layer").groups.items()):
+        values = np.concatenate([arrays[c].ravel() for c in cells if c in arrays] or [np.array([])]).astype(float)
         values = values[np.isfinite(values)]
         if len(values):
             yield {"layer": layer, "of": "steps" if arrays is steps else "blocks", "n": len(values),
                    **dict(zip(QUANTILES, np.quantile(values, list(QUANTILES.values()))))}
-
-
-def _mean(mine, metric):
-    """Over all counted steps, as in the report's table."""
-    keys = mine.cells[["label", "budget"]].drop_duplicates().iloc[0]
-    rows = mine.summary
-    rows = rows[(rows["metric"] == metric) & (rows["label"] == keys["label"]) & (rows["budget"] == keys["budget"]) &
-                (rows["n"] > 0)]
-    return float((rows["n"] * rows["mean"]).sum() / rows["n"].sum()) if len(rows) else np.nan
 
 
 def order(results, frames):
