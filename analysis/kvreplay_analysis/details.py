@@ -9,6 +9,8 @@ import numpy as np
 from .figures import head, pca, raster
 from .figures.common import rounded, shown_first
 
+CURVES = 0.6   # of the room, for curves, before anything else has any
+DIGITS = 3     # of a number, all significant
 N_POINTS = 32  # points of a curve at most; neighbouring blocks are averaged where there are more
 KINDS = {"head": "curves", "pca": "principal planes", "raster": "retained positions"}
 
@@ -28,30 +30,34 @@ def order(results):
 def pack(results, packed, room):
     """({key: blob}, kinds that did not all fit) with at most `room` bytes of blobs.
 
-    Keys are KIND/TRACE/LABEL/BUDGET; `packed` turns a value into a blob.
+    Keys are KIND/TRACE/LABEL/BUDGET; `packed` turns a value into a blob. Curves come first: they may fill CURVES of the
+    room before the other kinds share what is left, and have what these leave over.
     """
-    blobs, full = {}, set()
-    for trace, label, budget in order(results):
-        cells = results.cells
-        mine = results.with_cells((cells["trace"] == trace) & (cells["label"] == label) & (cells["budget"] == budget))
-        for kind, of in (("head", _head), ("pca", _pca), ("raster", _raster)):
-            if kind in full:
-                continue
-            value = of(mine)
+    of = {"head": _head, "raster": _raster, "pca": _pca}
+    wanted = {kind: order(results) for kind in of}
+    blobs = {}
+    for kind, part in (("head", CURVES), ("raster", 0.5), ("pca", 1.0), ("head", 1.0), ("raster", 1.0)):
+        mine = part * room
+        while wanted[kind]:
+            trace, label, budget = wanted[kind][0]
+            cells = results.cells
+            chosen = (cells["trace"] == trace) & (cells["label"] == label) & (cells["budget"] == budget)
+            value = of[kind](results.with_cells(chosen))
             blob = packed(value) if value is not None else ""
-            if len(blob) > room:
-                full.add(kind)
-            elif blob:
-                room -= len(blob)
+            if len(blob) > mine:
+                break
+            wanted[kind].pop(0)
+            if blob:
                 blobs["/".join((kind, trace, label, budget))] = blob
-        if len(full) == 3:
-            break
-    return blobs, full
+                mine -= len(blob)
+                room -= len(blob)
+    return blobs, {kind for kind, rest in wanted.items() if rest}
 
 
 def _head(results):
-    """Curves and worst steps of all layers and heads of a configuration, as lists [layer][head][...]."""
-    layers, curves, bad, of, step = [], {}, {}, None, None
+    """Curves of all layers and heads of a configuration, as lists [layer][head][point], and its worst steps where it has
+    steps; the worst points of a curve are seen from the curve."""
+    layers, curves, bad, step = [], {}, {}, None
     for cell in sorted(results.cells.index, key=lambda c: results.cells.at[c, "layer"]):
         blocks = head.arrays(results, cell)
         if "error_output" not in blocks:
@@ -61,22 +67,22 @@ def _head(results):
         merge = -(-len(weights) // N_POINTS)
         begin = np.arange(0, len(weights), merge)
         for name, values in blocks.items():
-            curves.setdefault(name, {})[len(layers) - 1] = _nested(_merged(values, weights, begin), 4)
+            curves.setdefault(name, {})[len(layers) - 1] = _nested(_merged(values, weights, begin))
         if step is None:
             first = begin * results.block_steps
             step = rounded(first + np.add.reduceat(weights, begin) / 2)
+            begins = first.tolist()
         of, steps, picked = head.worst(results, cell, blocks)
-        bad.setdefault("step", {})[len(layers) - 1] = steps.tolist()
-        for name, values in picked.items():
-            bad.setdefault(name, {})[len(layers) - 1] = _nested(values, 4)
+        for name, values in {"step": steps, **picked}.items() if of == "steps" else []:
+            bad.setdefault(name, {})[len(layers) - 1] = values.tolist() if name == "step" else _nested(values)
     if not layers:
         return None
 
     def by_layer(columns):
         return {name: [found.get(i) for i in range(len(layers))] for name, found in columns.items()}
 
-    return {"layers": layers, "step": step, "curves": by_layer(curves), "of": of, "worst": by_layer(bad),
-            "block_steps": results.block_steps}
+    return {"layers": layers, "step": step, "begin": begins, "curves": by_layer(curves), "worst": by_layer(bad),
+            "block_steps": merge * results.block_steps}
 
 
 def _merged(values, weights, begin):
@@ -107,18 +113,19 @@ def _raster(results):
 
 
 def _pca(results):
-    """Coordinates, true lengths and cosines of the output vectors, as lists [layer][head][step][...]."""
+    """Coordinates, true lengths and angles of the output vectors, as lists [layer][head][step][...]."""
     out = {"layers": [], "names": None, "steps": None}
-    parts = ("xy", "length", "in_plane", "cos", "explained", "error", "evicted_mass")
+    parts = ("xy", "length", "in_plane", "angle", "explained", "error", "evicted_mass")
     out.update({part: [] for part in parts})
     for cell in sorted(results.cells.index, key=lambda c: results.cells.at[c, "layer"]):
         found = pca.of_cell(results, cell)
         if found is None or not np.isfinite(found["error"]).any():
             continue
         out["layers"].append(int(results.cells.at[cell, "layer"]))
+        found["angle"] = pca.degrees(found["cos"][..., 1:])  # to f_R and f_E; a rounded cosine would lose small ones
         out["names"], out["steps"] = found["names"], found["steps"].tolist()
         for part in parts:
-            out[part].append(_nested(found[part], 4))
+            out[part].append(_nested(found[part]))
     if not out["layers"]:
         return None
     out["shown"] = [pca.shown(n) for n in out["names"]]
@@ -126,9 +133,9 @@ def _pca(results):
     return out
 
 
-def _nested(values, digits):
+def _nested(values):
     """Lists of rounded numbers in the shape of an array, None where there is no number."""
-    flat = np.array(rounded(values, digits), dtype=object)
+    flat = np.array(rounded(values, DIGITS), dtype=object)
     return flat.reshape(np.shape(values)).tolist()
 
 

@@ -20,7 +20,7 @@ from .tables import configurations, not_pinned
 
 PAGE = Path(__file__).parent / "page"
 N_TRACES_ALONE = 12    # more traces than this are shown pooled only
-N_POINTS_PAGE = 90000  # scatter points in the whole page
+N_POINTS_PAGE = 60000  # scatter points in the whole page
 PAGE_BYTES = 14_500_000  # what the page may weigh; details of single heads are embedded for as long as there is room
 
 OPEN_LOOP = ("Replay is open-loop (teacher-forced): queries come from the uncompressed run, so errors do not compound "

@@ -293,7 +293,7 @@ def test_attended_share_counts_pairs(detailed_results, detailed):
     cell = index_of(detailed, label="full+quest:page=16", budget="32", layer=0)
     bits = detailed_results.attended(cell)
     tokens, steps, share = figures.raster.of_cell(detailed_results, cell)
-    h, i, j = 3, 20, 60
+    h, i, j = 3, 20, 50
     written = kept = 0
     for p in range(tokens[i], tokens[i + 1]):
         for t in range(steps[j], steps[j + 1]):
@@ -377,13 +377,13 @@ def test_page_holds_the_numbers_of_every_head(detailed_results, detailed, detail
             for name, curves in found["curves"].items():
                 expected = file[f"blocks/{cell:06d}/{name}"][()]
                 got = np.array([[np.nan if v is None else v for v in head] for head in curves[1]], float)
-                np.testing.assert_allclose(got, expected, rtol=6e-4)
+                np.testing.assert_allclose(got, expected, rtol=5.1e-3)
     planes = blobs["pca/story/h2o/32"]
     frames = figures.pca.data(detailed_results.only(label="h2o"), "32", layer=3, head=6, step=100)
     i = planes["steps"].index(100)
-    np.testing.assert_allclose(planes["xy"][1][6][i], frames["vectors"][["x", "y"]], rtol=6e-4)
-    np.testing.assert_allclose(planes["length"][1][6][i], frames["vectors"]["length"], rtol=6e-4)
-    assert planes["explained"][1][6][i] == pytest.approx(frames["plane"]["explained"].iloc[0], rel=6e-4)
+    np.testing.assert_allclose(planes["xy"][1][6][i], frames["vectors"][["x", "y"]], rtol=5.1e-3)
+    np.testing.assert_allclose(planes["length"][1][6][i], frames["vectors"]["length"], rtol=5.1e-3)
+    assert planes["explained"][1][6][i] == pytest.approx(frames["plane"]["explained"].iloc[0], rel=5.1e-3)
     rasters = blobs["raster/story/h2o/32"]
     share = figures.raster.data(detailed_results.only(label="h2o"), "32", layer=3, head=6)["share"]["retained"].to_numpy()
     got = np.array(rasters["share"][1][rasters["sets"][1][6]], float).ravel()
@@ -404,7 +404,7 @@ def test_a_page_that_is_full_says_what_it_left_out(detailed_results, detailed_pa
     from kvreplay_analysis import details, report
 
     whole = blobs_of(detailed_page)
-    limit = len(detailed_page.encode()) - 60_000
+    limit = len(detailed_page.encode()) - 40_000
     text = report.page(detailed_results, page_bytes=limit)
     assert len(text.encode()) <= limit + 2_000  # the sentence itself
     held = [key for key in blobs_of(text) if key in whole and key.split("/")[0] in details.KINDS]

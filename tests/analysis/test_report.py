@@ -195,9 +195,9 @@ def test_a_click_and_the_keyboard_show_a_head(detailed, tmp_path):
     label, budget = "h2o", results.default_budget
     frames = figures.head.data(results.only(trace="a", label=label), budget, layer=5, head=3)
     assert got["clicked"]["title"] == f"One head: layer 5, query head 3, {label}, budget {budget}"
-    np.testing.assert_allclose(got["clicked"]["curve"], frames["curves"]["error_output"], rtol=6e-4)
+    np.testing.assert_allclose(got["clicked"]["curve"], frames["curves"]["error_output"], rtol=5.1e-3)
     assert got["clicked"]["worst"] == list(frames["worst"]["step"])
-    assert got["clicked"]["raster"] == 64
+    assert got["clicked"]["raster"] == figures.raster.N_TOKEN_BINS
     assert "with moments (first order)" in got["clicked"]["names"] and "worst steps" in got["clicked"]["names"]
     assert "layer 5, query head 1" in got["typed"]["title"] and got["typed"]["shapes"] == 2
     assert re.match(r"Layer 5, query head 1: error_output 0\.\d+\. Enter", got["typed"]["said"])
@@ -230,12 +230,12 @@ def test_the_plane_follows_head_and_step(detailed, tmp_path):
         frames = figures.pca.data(results, results.default_budget, layer=7, head=4, step=step)
         vectors, plane = frames["vectors"], frames["plane"].iloc[0]
         assert seen["caption"] == f"snapkv, layer 7, query head 4, step {step}"
-        np.testing.assert_allclose(seen["xy"], vectors[["x", "y"]], rtol=6e-4)
+        np.testing.assert_allclose(seen["xy"], vectors[["x", "y"]], rtol=5.1e-3)
         assert [row[0] for row in seen["rows"]] == [figures.pca.shown(v) for v in vectors["vector"]]
         for row, v in zip(seen["rows"], vectors.itertuples()):
-            assert float(row[1]) == pytest.approx(v.length, rel=1e-3)
-            assert float(row[2].rstrip("°")) == pytest.approx(figures.pca.degrees(v.cos_f_E), abs=0.6)
-            assert float(row[3].rstrip("°")) == pytest.approx(figures.pca.degrees(v.cos_f_R), abs=0.6)
+            assert float(row[1]) == pytest.approx(v.length, rel=5.1e-3)
+            assert float(row[2].rstrip("°")) == pytest.approx(figures.pca.degrees(v.cos_f_E), abs=0.51)
+            assert float(row[3].rstrip("°")) == pytest.approx(figures.pca.degrees(v.cos_f_R), abs=0.51)
         assert f"The plane holds {100 * plane['explained']:.1f} %" in seen["text"]
     assert got["gone"] and "evicted nothing" in got["reason"]
     assert got["heat"] == "full"
@@ -250,7 +250,7 @@ def test_results_without_details_say_how_to_get_them(written, tmp_path):
     }""", tmp_path)
     assert got["shown"] and got["curves"]
     assert "--detail retained" in got["raster"] and "--detail outputs --steps LIST" in got["pca"]
-    assert "Worst blocks of 64 steps" in got["worst"] and "--detail steps" in got["worst"]
+    assert "Worst 64 steps on end" in got["worst"] and "--detail steps" in got["worst"]
 
 
 @needs_browser

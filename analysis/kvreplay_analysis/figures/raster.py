@@ -14,7 +14,7 @@ HOW_TO_READ = ("Full colour is kept: each column is a moment of the decode, each
                "bars are tokens kept for long, a diagonal band is a recent window, and grey is not yet written.")
 BY_BUDGET = True
 OF_A_HEAD = True
-N_TOKEN_BINS, N_STEP_BINS = 64, 80
+N_TOKEN_BINS, N_STEP_BINS = 56, 64
 N_PANELS = {"single": 2, "double": 6}
 WHY = "this run does not say which tokens were kept: run again with --detail retained"
 

@@ -296,9 +296,15 @@
         line: {color: colour, width: 2, dash: name === "cos_retained_evicted" ? "dash" : "solid"},
         marker: {color: colour, symbol, size: 6}, hovertemplate: `<b>${title}</b><br>around step %{x:.0f}<br>%{y:.4g}<extra></extra>`};
     });
-    const worst = Object.fromEntries(Object.entries(found.worst).filter(([, v]) => v[layer]).map(([n, v]) => [n, v[layer][at.head]]));
-    const rows = worst.step.map((s, i) => [s, i]).filter(([s]) => s >= 0);
-    if (found.of === "steps") {
+    // The worst steps that the run has, else the worst points of the curve.
+    const single = Boolean(found.worst.step?.[layer]);
+    const of = single ? Object.keys(found.worst).filter((n) => found.worst[n][layer]) : names;
+    const worst = Object.fromEntries(of.map((n) => [n, single ? found.worst[n][layer][at.head] : line(n)]));
+    const order = single ? [...worst.step.keys()].filter((i) => worst.step[i] >= 0)
+      : [...found.begin.keys()].filter((i) => worst.error_output[i] !== null)
+        .sort((a, b) => worst.error_output[b] - worst.error_output[a]).slice(0, 6);
+    const rows = order.map((i) => [single ? worst.step[i] : found.begin[i], i]);
+    if (single) {
       traces.push({type: "scatter", mode: "markers", name: "worst steps", x: rows.map(([s]) => s),
         y: rows.map(([, i]) => worst.error_output[i]), marker: {color: "#e0405a", symbol: "x", size: 8},
         hovertemplate: "step %{x}<br>error_output %{y:.4g}<extra></extra>"});
@@ -312,11 +318,10 @@
     downloads(box.querySelector(".data"), [
       ["curves", fileName("head"), () => csv([["step", ...names], ...found.step.map((s, i) => [s, ...names.map((n) => line(n)[i])])])],
       ["worst", fileName("worst"), () => csv([["of", "step", ...columns],
-        ...rows.map(([s, i]) => [found.of, s, ...columns.map((c) => worst[c][i])])])]]);
-    const single = found.of === "steps";
+        ...rows.map(([s, i]) => [single ? "steps" : `${found.block_steps} steps`, s, ...columns.map((c) => worst[c][i])])])]]);
     const wrap = element("div", "", {class: "scroll", tabindex: "0", role: "region", "aria-label": "Worst steps"});
-    wrap.append(table(single ? "Worst steps of this head" : `Worst blocks of ${found.block_steps} steps of this head, by their ` +
-      "first step; run with --detail steps for single steps", [single ? "step" : "from step", ...columns],
+    wrap.append(table(single ? "Worst steps of this head" : `Worst ${found.block_steps} steps on end of this head, by ` +
+      "their first step; run with --detail steps for single steps", [single ? "step" : "from step", ...columns],
       rows.map(([s, i]) => [String(s), ...columns.map((c) => number(worst[c][i]))])));
     place.append(wrap);
   }
@@ -367,9 +372,8 @@
     if (reason) { return; }
     const i = found.steps.indexOf(at.step);
     const of = (part) => found[part][layer][at.head][i];
-    const degrees = (c) => (c === null ? null : Math.acos(Math.max(-1, Math.min(1, c))) * 180 / Math.PI);
     const rows = found.names.map((name, v) => ({name, shown: found.shown[v], colour: name === "f" ? css("--dim") : found.looks[v],
-      xy: of("xy")[v], length: of("length")[v], inPlane: of("in_plane")[v], cos: of("cos")[v]})).filter((r) => r.length !== null);
+      xy: of("xy")[v], length: of("length")[v], inPlane: of("in_plane")[v], angles: of("angle")[v]})).filter((r) => r.length !== null);
     const traces = rows.map((r, v) => ({type: "scatter", mode: "lines+markers", name: r.shown, x: [0, r.xy[0]], y: [0, r.xy[1]],
       line: {color: r.colour, width: v < 3 ? 3 : 2, dash: v < 3 ? "solid" : "dash"},
       marker: {color: r.colour, size: [0, v < 3 ? 10 : 11], symbol: ["circle", "square", "diamond", "square-open", "circle-open",
@@ -378,16 +382,16 @@
     await plotted(plane.querySelector(".plot"), "pca", traces, themed({height: 500, margin: {l: 58, r: 12, t: 34, b: 46},
       legend: {orientation: "h", y: -0.17}, hovermode: "closest", xaxis: {title: {text: "first principal axis"}, zeroline: true},
       yaxis: {title: {text: "second principal axis"}, scaleanchor: "x", zeroline: true}}, 0));
-    const angle = (c) => (c === null ? "–" : `${degrees(c).toFixed(1)}°`);
+    const angle = (v) => (v === null ? "–" : `${v.toFixed(v < 10 ? 1 : 0)}°`);
     place.append(table(`${at.label}, layer ${at.layer}, query head ${at.head}, step ${at.step}`,
-      ["vector", "length", "to f_E", "to f_R", "to f", "in the plane"],
-      rows.map((r) => [r.shown, number(r.length), angle(r.cos[2]), angle(r.cos[1]), angle(r.cos[0]),
+      ["vector", "length", "to f_E", "to f_R", "in the plane"],
+      rows.map((r) => [r.shown, number(r.length), angle(r.angles[1]), angle(r.angles[0]),
         r.inPlane === null ? "–" : `${(100 * r.inPlane).toFixed(1)} %`])));
     place.append(element("p", `The plane holds ${(100 * of("explained")).toFixed(1)} % of the squared length of these vectors. ` +
       `error ‖f − f_R‖ / ‖f‖ = ${number(of("error"))}, evicted mass ${number(of("evicted_mass"))}.`));
     downloads(plane.querySelector(".data"), [["vectors", fileName(`pca_step${at.step}`), () => csv([
-      ["vector", "x", "y", "length", "in_plane", "cos_f", "cos_f_R", "cos_f_E"],
-      ...rows.map((r) => [r.name, ...r.xy, r.length, r.inPlane, ...r.cos])])]]);
+      ["vector", "x", "y", "length", "in_plane", "degrees_f_R", "degrees_f_E"],
+      ...rows.map((r) => [r.name, ...r.xy, r.length, r.inPlane, ...r.angles])])]]);
   }
 
   // --- what is shown ------------------------------------------------------------------------------------------------
