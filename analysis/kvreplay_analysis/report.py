@@ -282,4 +282,6 @@ def share(value):
 
 def exact(value):
     """The same number for sorting and for reading by programs."""
-    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else repr(float(value))
+    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return repr(float(value))

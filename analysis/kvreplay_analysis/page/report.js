@@ -30,14 +30,13 @@
     return unpacked.get(key);
   }
 
-  // What the page holds of one kind (head, raster, pca) of the chosen configuration; null where it holds none.
-  async function held(kind) {
-    for (const b of [budget(), ""]) {
-      const key = [kind, at.trace, at.label, b].join("/");
-      if (blobs.has(key)) { return unpack(key); }
-    }
-    return null;
-  }
+  // Key of what the page holds of one kind of a method at the chosen budget, or without one; undefined where it holds none.
+  const KINDS = ["head", "raster", "pca"];
+  const keyOf = (kind, label = at.label, trace = at.trace) =>
+    [budget(), ""].map((b) => [kind, trace, label, b].join("/")).find((key) => blobs.has(key));
+  const held = async (kind) => (keyOf(kind) ? unpack(keyOf(kind)) : null);
+  // The chosen budget, where the chosen method has one.
+  const budgetOf = () => (KINDS.some((kind) => blobs.has([kind, at.trace, at.label, ""].join("/"))) ? "" : budget());
 
   function plotly() {
     plotlyLoading ??= text("plotly").then((source) => {
@@ -185,7 +184,7 @@
       plot.dataset.listens = "yes";
       plot.on("plotly_click", (event) => choose(String(event.points[0].y), String(event.points[0].x)));
     }
-    if (at.label !== label) { at.label = label; at.layer = at.head = null; }
+    at.label = label;
     mark(false);
   }
 
@@ -222,9 +221,8 @@
 
   // Fills the choices of both panels from what the page holds, and keeps the chosen where it still exists.
   function choices(found) {
-    const labels = meta.methods.map((m) => m.label).filter((label) => [...blobs.keys()].some((key) =>
-      ["head", "pca", "raster"].some((kind) => scope().traces.some((t) => [budget(), ""].some((b) =>
-        key === [kind, t, label, b].join("/"))))));
+    const labels = meta.methods.map((m) => m.label).filter((label) => scope().traces.some((trace) =>
+      KINDS.some((kind) => keyOf(kind, label, trace))));
     const shown = labels.includes(at.label) || at.label === null ? labels : [at.label, ...labels];
     for (const box of [panel, plane]) {
       const select = (part) => box.querySelector(`[data-part="${part}"]`);
@@ -240,8 +238,7 @@
     const mine = generation;
     root.dataset.head = "";
     if (!scope().traces.includes(at.trace)) { at.trace = scope().traces[0]; }
-    at.label ??= meta.methods.find((m) => blobs.has(["head", at.trace, m.label, budget()].join("/")))?.label ??
-      meta.methods[0].label;
+    at.label ??= meta.methods.find((m) => keyOf("head", m.label))?.label ?? meta.methods[0].label;
     const [curves, kept, outputs] = await Promise.all([held("head"), held("raster"), held("pca")]);
     if (mine !== generation) { return; }
     const layers = (curves ?? outputs ?? kept)?.layers ?? [];
@@ -250,7 +247,7 @@
     choices({layers, heads: [...Array(heads).keys()]});
     document.getElementById("held").textContent = meta.held;
     document.getElementById("h-panel").textContent = at.layer === null ? "One head" :
-      `One head: layer ${at.layer}, query head ${at.head}, ${at.label}${budget() ? `, budget ${budget()}` : ""}`;
+      `One head: layer ${at.layer}, query head ${at.head}, ${at.label}${budgetOf() ? `, budget ${budgetOf()}` : ""}`;
     mark(document.activeElement === heat);
     const layer = layers.indexOf(at.layer);
     await drawCurves(curves, layer);
@@ -273,7 +270,7 @@
     return best;
   }
 
-  const fileName = (what) => `${what}_${at.label.replaceAll(/[^A-Za-z0-9._-]+/g, "_")}${budget() ? `_${budget()}` : ""}` +
+  const fileName = (what) => `${what}_${at.label.replaceAll(/[^A-Za-z0-9._-]+/g, "_")}${budgetOf() ? `_${budgetOf()}` : ""}` +
     `_layer${at.layer}_head${at.head}.csv`;
   const notHeld = () => (meta.held ? "The page does not hold this configuration: see above."
     : "This configuration has no numbers for single heads.");
