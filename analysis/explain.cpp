@@ -122,12 +122,16 @@ Method parse(const Recorded::RecordedMethod& m) {
   return method;
 }
 
-// The run's budgets in tokens per set, for their order.
+int tokens_of(const std::string& budget, const Recorded& recorded, const TraceInfo& trace) {
+  const double slot = (trace.element == ElementType::f32 ? 4.0 : 2.0) * (trace.head_dim + trace.v_head_dim);
+  return Budget::parse(budget).tokens(recorded.traces[0].prompt_len, slot, 0, 1);
+}
+
+// Where methods differ most: not at the run's largest budget, where little is lost, nor at its smallest.
 std::string middle_budget(const Recorded& recorded, const TraceInfo& trace) {
   std::vector<std::pair<int, std::string>> sorted;
-  const double slot = (trace.element == ElementType::f32 ? 4.0 : 2.0) * (trace.head_dim + trace.v_head_dim);
   for (const std::string& text : recorded.budgets) {
-    sorted.emplace_back(Budget::parse(text).tokens(recorded.traces[0].prompt_len, slot, 0, 1), text);
+    sorted.emplace_back(tokens_of(text, recorded, trace), text);
   }
   std::stable_sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   return sorted[(sorted.size() - 1) / 2].second;
@@ -207,6 +211,14 @@ class AttributionWriter {
     write(group, "step_missed_mass", hdf5::Type::f64, lanes, &LaneAttribution::step_missed_mass);
     write(group, "culprit", hdf5::Type::i32, lanes, &LaneAttribution::culprit);
     write(group, "culprit_damage", hdf5::Type::f64, lanes, &LaneAttribution::culprit_damage);
+  }
+
+  // Of an earlier explanation: it must not describe other results.
+  void forget_earlier() const {
+    std::error_code ignored;
+    for (const char* old : {"attribution.h5", "tokens.csv", "explain.json", "explain.html"}) {
+      fs::remove(folder_ / old, ignored);
+    }
   }
 
   void publish() {
@@ -300,14 +312,14 @@ class Explain {
   ExplainOutcome operator()() {
     choose_traces();
     choose_methods();
-    const fs::path folder = prepare_folder();
-    AttributionWriter writer(folder, request_.top);
-    run_.out = folder;
+    run_.out = folder();
+    AttributionWriter writer(run_.out, request_.top);
     run_.cell = [&](const CellId& id, const CellResult& cell) { attribute_cell(id, cell, writer); };
-    ExplainOutcome outcome{.folder = folder, .run = run(run_)};
+    ExplainOutcome outcome{.folder = run_.out, .run = run(run_)};
+    writer.forget_earlier();
     if (outcome.run.failed.empty() && !outcome.run.interrupted) {
       writer.publish();
-      write_whole(folder / "explain.json", explain_json());
+      write_whole(run_.out / "explain.json", explain_json());
     }
     return outcome;
   }
@@ -375,23 +387,27 @@ class Explain {
     if (!request_.against.empty()) {
       asked.emplace_back("--against", request_.against);
     }
-    bool budgeted = false;
+    std::vector<Method> methods;
     for (const auto& [option, text] : asked) {
       const Recorded::RecordedMethod& m = find_method(recorded_, option, text, request_.results);
       if (!run_.methods.empty() && run_.methods[0] == m.label) {
         throw ConfigError("--against: '" + text + "' is the method itself; name another one");
       }
-      const Method method = parse(m);
-      budgeted |= method.budgeted();
-      check_allocator(method);
+      methods.push_back(parse(m));
       run_.methods.push_back(m.label);
+    }
+    if (!request_.budget.empty() && recorded_.budgets.empty()) {
+      throw ConfigError("--budget: " + request_.results.string() + " has no budgets; leave it away");
     }
     if (!request_.budget.empty()) {
       one_of("--budget", request_.budget, recorded_.budgets, request_.results);
     }
-    if (budgeted && !recorded_.budgets.empty()) {
-      run_.budgets = {request_.budget.empty() ? middle_budget(recorded_, open_.begin()->second.reader.info())
-                                              : request_.budget};
+    const TraceInfo& trace = open_.at(recorded_.traces[0].stem).reader.info();
+    for (const Method& method : methods) {
+      if (method.budgeted() && run_.budgets.empty() && !recorded_.budgets.empty()) {  // else run() says so
+        run_.budgets = {request_.budget.empty() ? middle_budget(recorded_, trace) : request_.budget};
+      }
+      check_allocator(method, trace);
     }
     run_.compensators = recorded_.compensators.empty() ? std::vector<std::string>{"mean", "moments", "gaussian"}
                                                        : recorded_.compensators;
@@ -407,14 +423,14 @@ class Explain {
   }
 
   // An allocator over layers gives a layer what the others do not need: with fewer layers it would give other budgets.
-  void check_allocator(const Method& method) const {
-    if (request_.layers.empty() || !method.allocate) {
+  void check_allocator(const Method& method, const TraceInfo& trace) const {
+    if (request_.layers.empty() || !method.allocate || run_.budgets.empty()) {
       return;
     }
     const std::vector<int>& all = recorded_.traces[0].layers;
     const auto allocator = method.allocate->info->allocate(method.allocate->config(all[0]).get());
     const std::vector<int> budgets = allocator->over_layers(
-        {all, open_.begin()->second.reader.info().n_layers, recorded_.traces[0].prompt_len, 1000});
+        {all, trace.n_layers, recorded_.traces[0].prompt_len, tokens_of(run_.budgets[0], recorded_, trace)});
     if (std::adjacent_find(budgets.begin(), budgets.end(), std::not_equal_to<>()) != budgets.end()) {
       throw ConfigError("--layers: " + method.label +
                         " spreads its budget over all layers of the run, and would have another one on fewer; leave "
@@ -422,7 +438,8 @@ class Explain {
     }
   }
 
-  fs::path prepare_folder() const {
+  // Where the explanation goes; run() makes it.
+  fs::path folder() const {
     std::string name = slug(run_.methods[0]);
     if (run_.methods.size() > 1) {
       name += "_vs_" + slug(run_.methods[1]);
@@ -430,16 +447,7 @@ class Explain {
     if (!run_.budgets.empty()) {
       name += "_at_" + slug(run_.budgets[0]);
     }
-    const fs::path folder = request_.results / "explain" / name;
-    std::error_code error;
-    fs::create_directories(folder, error);
-    if (error) {
-      throw ConfigError(folder.string() + " cannot be made: " + error.message());
-    }
-    for (const char* old : {"attribution.h5", "tokens.csv", "explain.json", "explain.html"}) {
-      fs::remove(folder / old, error);  // of an earlier explanation: it must not describe new results
-    }
-    return folder;
+    return request_.results / "explain" / name;
   }
 
   void attribute_cell(const CellId& id, const CellResult& cell, AttributionWriter& writer) {

@@ -13,6 +13,7 @@ from .report import OPEN_LOOP, PAGE, _json, _packed, as_text, breakable, exact, 
 from .style import compensator_look, compensator_title, looks, shown_name
 
 GREY, SPARE = "#8a8a8a", "#e8762d"
+DIFFERENCE = [[0, "#b35806"], [0.25, "#f1a340"], [0.5, "#f7f7f7"], [0.75, "#998ec3"], [1, "#542788"]]
 RASTER_CELLS = 500_000  # of all rasters of a page together
 N_LISTED = 25           # tokens in a table
 N_OF_HEAD = 15          # tokens in the chart of one head
@@ -33,6 +34,7 @@ NUMBERS = [
     ("logit_spread", False, "largest distance of an evicted logit from their mean"),
     ("resident", False, "tokens resident per KV head"),
     ("attended", False, "tokens attended per KV head"),
+    ("bytes", False, "per KV head, with the state that the method itself carries"),
 ]
 
 
@@ -110,13 +112,15 @@ def findings(ex):
             f"of the squared error {_percent(p.orthogonal_share)} is orthogonal to what is kept, "
             f"{_percent(p.parallel_share)} parallel.")
     try:
-        halves = ka.halves(ex)
-        for (label, c), rows in halves.groupby(["label", "compensator"], sort=False):
-            r = rows.set_index("quantity")["removed"]
-            out.append(f"{label} with {compensator_title(c)}{' (its own)' if rows['acting'].iloc[0] else ''}: removes "
-                       f"{_percent(r['error_corrected'])} of the plain error; its direction with the true mass would "
-                       f"remove {_percent(r['error_exact_mass'])}, its mass with the true direction "
-                       f"{_percent(r['error_exact_direction'])}.")
+        for label, rows in ka.halves(ex).groupby("label", sort=False):
+            removed = rows.pivot(index="compensator", columns="quantity", values="removed")
+            best, own = removed["error_corrected"].idxmax(), set(rows.loc[rows["acting"], "compensator"])
+            for c in dict.fromkeys([*own, best]):
+                r = removed.loc[c]
+                what = "its own correction" if c in own else "the best correction measured beside it"
+                out.append(f"{label}: {what}, {compensator_title(c)}, removes {_percent(r['error_corrected'])} of the plain "
+                           f"error; its direction with the true mass would remove {_percent(r['error_exact_mass'])}, its "
+                           f"mass with the true direction {_percent(r['error_exact_direction'])}.")
     except Absent:
         pass
     top = ka.top_tokens(ex, 10)
@@ -128,9 +132,11 @@ def findings(ex):
         frame = ka.evictions(ex)
         for label, rows in frame.groupby("label", sort=False):
             again = rows["lag"].notna()
+            later = rows.loc[~rows["at_prompt"], "age"]
             out.append(f"{label}: {_percent(again.mean())} of the evictions were of tokens that were needed again"
-                       + (f", half of these within {number(rows.loc[again, 'lag'].median())} steps." if again.any()
-                          else "."))
+                       + (f", half of these within {number(rows.loc[again, 'lag'].median())} steps" if again.any() else "")
+                       + (f"; during the decode half of them left at an age of {number(later.median())} or less."
+                          if len(later) else "."))
     except Absent:
         pass
     if len(ex.labels) == 2:
@@ -146,9 +152,9 @@ def findings(ex):
                 f"head-steps, worse in {_percent(r.losses)}.")
             f = ka.factors(ex).set_index("factor")["ratio"]
             if np.isfinite(f["evicted_mass"]) and np.isfinite(f["distance"]):
-                out.append(f"Before any correction {a}'s error is {number(f['error'], 3)} of {b}'s: it loses "
-                           f"{number(f['evicted_mass'], 3)} of the mass, and what it loses points "
-                           f"{number(f['distance'], 3)} as far away.")
+                out.append(f"Before any correction {a}'s error is {number(f['error'], 3)} times {b}'s: it loses "
+                           f"{number(f['evicted_mass'], 3)} times the mass, and what it loses points "
+                           f"{number(f['distance'], 3)} times as far away.")
     return out
 
 
@@ -319,7 +325,7 @@ def _draw_heads(ex, frames):
             a, b = matrices.values()
             far = float(np.nanmax(np.abs((a - b).to_numpy()))) or 1.0
             titles.append(f"{ex.labels[0]} − {ex.labels[1]}")
-            data.append(_heat(a - b, group, 2, "difference %{z:+.4f}", colorscale="PuOr", zmid=0, zmin=-far, zmax=far,
+            data.append(_heat(a - b, group, 2, "difference %{z:+.4f}", colorscale=DIFFERENCE, zmid=0, zmin=-far, zmax=far,
                               colorbar={"title": {"text": "difference"}, "x": 1.1}))
         layout = panel_layout(titles, {"title": {"text": "query head"}, "type": "category", "showgrid": False},
                               {"title": {"text": "layer"}, "type": "category", "autorange": "reversed",
@@ -516,7 +522,7 @@ def _draw_wins(ex, frames):
         layout["yaxis2"].update(tickformat=".0%", range=[0, 1])
         layout["barmode"] = "stack"
         data = [{"type": "scatter", "mode": "markers", "name": "difference", "showlegend": False, "x": x,
-                 "y": rounded(rows["difference"]), "error_y": _interval(rows, "difference", "low", "high"),
+                 "y": rounded(rows["difference"]), "error_y": {**_interval(rows, "difference", "low", "high"), "color": GREY},
                  "marker": {"size": 9, "color": [colour[ex.labels[1 if d > 0 else 0]] for d in rows["difference"]]},
                  "hovertemplate": "%{x}: %{y:+.4f}<extra></extra>"}]
         for label, column in zip(ex.labels, ("wins", "losses")):
@@ -711,7 +717,7 @@ FIGURES = [
            lambda ex: {"ages": ka.ages(ex)}, _draw_ages),
     Figure(WHEN, "lags", "When evicted tokens were needed again",
            "Steps from the eviction to the first step at which the token's attention is among the |R| largest: a cache of the "
-           "same size would have held it. A short lag is a token that left just too early; `never` was a good eviction.",
+           "same size would have held it. A short lag is a token that left just too early; “never” was a good eviction.",
            lambda ex: {"lags": ka.lags(ex)}, _draw_lags),
     Figure(WHEN, "regret", "Regret over time",
            "The attention that evicted tokens would have had at a step (solid), and the part of it on tokens that a cache of "

@@ -42,7 +42,7 @@ Replayed replayed(const Case& c) {
   const Method method = parse_method(c.method);
   const Job job{.method = &method, .budget = c.budget};
   ReplayOptions options;
-  options.metrics = MetricSet::parse("error,evicted_mass");
+  options.metrics = MetricSet::parse("error,evicted_mass,error_parallel");  // with f_E, so in double as explain asks
   options.keep_attended = true;
   r.cell = replay(r.layer, std::span(&job, 1), options).cells.at(0);
   REQUIRE(r.cell.error.empty());
