@@ -36,6 +36,7 @@ struct Recorded {
     std::string path, stem, model, content_hash;
     Pos n_tokens = 0, prompt_len = 0;
     std::vector<int> layers;
+    std::size_t n_skipped = 0;  // layers that could not be replayed
   };
   struct RecordedMethod {
     std::string label, name;
@@ -68,7 +69,8 @@ Recorded read_run(const fs::path& folder) {
                           .content_hash = t.at("content_hash"),
                           .n_tokens = t.at("n_tokens"),
                           .prompt_len = t.at("prompt_len"),
-                          .layers = t.at("layers")});
+                          .layers = t.at("layers"),
+                          .n_skipped = t.at("layers_skipped").size()});
     }
     for (const json& m : j.at("methods")) {
       r.methods.push_back({.label = m.at("label"), .name = m.at("method"), .tables = m.at("value_tables")});
@@ -364,12 +366,18 @@ class Explain {
       open_.emplace(info.stem, std::move(open));
       check_layers(t);
     }
+    choose_layers();
+  }
+
+  // Those asked for, else those of the run: all that a trace has, unless the run was made with --layers.
+  void choose_layers() {
     run_.layers = request_.layers;
+    bool all = run_.layers.empty();
     for (const Recorded::Trace& t : recorded_.traces) {
-      if (request_.layers.empty()) {
-        run_.layers.insert(run_.layers.end(), t.layers.begin(),
-                           t.layers.end());  // run() leaves out what is there twice
-      }
+      all &= t.layers.size() + t.n_skipped == open_.at(t.stem).reader.info().layers.size();
+    }
+    for (std::size_t i = 0; run_.layers.empty() && !all && i < recorded_.traces.size(); ++i) {
+      run_.layers = recorded_.traces[i].layers;
     }
   }
 

@@ -217,13 +217,13 @@ def halves(ex):
 
 
 def by_head(ex):
-    """Means as in summary.csv: label, trace, layer, kv_head, q_head, and a column for each of error, error_output and
-    evicted_mass."""
+    """Means as in summary.csv, pooled over traces: label, layer, kv_head, q_head, and a column for each of error,
+    error_output and evicted_mass."""
+    key = ["label", "layer", "kv_head", "q_head"]
     rows = ex.results.summary
     rows = rows[rows["metric"].isin(["error", "error_output", "evicted_mass"]) & rows["label"].isin(ex.labels)]
-    wide = rows.pivot_table(index=["label", "trace", "layer", "kv_head", "q_head"], columns="metric", values="mean",
-                            sort=False, dropna=False, observed=True)
-    return wide.dropna(how="all").reset_index().rename_axis(None, axis=1)
+    means = pooled(rows, [*key, "metric"])["mean"].unstack("metric")
+    return means.reset_index().rename_axis(None, axis=1)
 
 
 def over_steps(ex):
@@ -350,7 +350,7 @@ def spread_bins(ex, spread="logit_variance", n_bins=8):
 
 def evictions(ex):
     """Every eviction: label, trace, layer, kv_head, q_head, token, evicted_at, age, lag (NaN: never needed again),
-    missed, regret, at_prompt. age: positions between the token and the first query that misses it; lag: decode steps
+    missed, steps_without, regret, at_prompt. age: positions between the token and the first query that misses it; lag: decode steps
     from then to the first step that misses it among its largest weights."""
     rows = []
     for label in ex.labels:
@@ -363,7 +363,7 @@ def evictions(ex):
                 "label": label, "trace": what.trace, "layer": what.layer, "kv_head": a["kv_head"][lane],
                 "q_head": a["q_head"][lane], "token": token, "evicted_at": at, "age": what.prompt_len + at - token,
                 "lag": np.where(first >= 0, (first - at).astype(float), np.nan), "missed": a["missed"][lane, token],
-                "regret": a["regret"][lane, token], "at_prompt": (at == 0) & (token < what.prompt_len)}))
+                "steps_without": what.n_steps - at, "regret": a["regret"][lane, token], "at_prompt": (at == 0) & (token < what.prompt_len)}))
     frame = pd.concat(rows, ignore_index=True)
     if frame.empty:
         raise Absent("nothing was evicted: there is no age and no lag")

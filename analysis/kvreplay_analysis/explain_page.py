@@ -12,9 +12,9 @@ from .figures.common import axis_names, panel_layout, rounded
 from .report import OPEN_LOOP, PAGE, _json, _packed, as_text, breakable, exact, number, scopes, write_whole
 from .style import compensator_look, compensator_title, looks, shown_name
 
-GREY, SPARE = "#8a8a8a", "#e8762d"
+GREY, SPARE, WHISKER = "#8a8a8a", "#e8762d", "#777777"
 DIFFERENCE = [[0, "#b35806"], [0.25, "#f1a340"], [0.5, "#f7f7f7"], [0.75, "#998ec3"], [1, "#542788"]]
-RASTER_CELLS = 500_000  # of all rasters of a page together
+RASTER_CELLS = 250_000  # of all rasters of a page together
 N_LISTED = 25           # tokens in a table
 N_OF_HEAD = 15          # tokens in the chart of one head
 
@@ -135,6 +135,8 @@ def findings(ex):
             later = rows.loc[~rows["at_prompt"], "age"]
             out.append(f"{label}: {_percent(again.mean())} of the evictions were of tokens that were needed again"
                        + (f", half of these within {number(rows.loc[again, 'lag'].median())} steps" if again.any() else "")
+                       + f", on average in {_percent(rows['missed'].sum() / rows['steps_without'].sum())} of the steps "
+                         "without them"
                        + (f"; during the decode half of them left at an age of {number(later.median())} or less."
                           if len(later) else "."))
     except Absent:
@@ -239,7 +241,7 @@ def _sections(shown):
 
 def _interval(frame, mean, low, high):
     return {"type": "data", "symmetric": False, "array": rounded(frame[high] - frame[mean]),
-            "arrayminus": rounded(frame[mean] - frame[low]), "thickness": 1.2, "width": 3}
+            "arrayminus": rounded(frame[mean] - frame[low]), "thickness": 1.4, "width": 3, "color": WHISKER}
 
 
 def _bars(name, x, y, colour, **more):
@@ -274,7 +276,7 @@ def _draw_parts(ex, frames):
     return {"": {"data": data, "layout": layout}}
 
 
-_HALF_LOOK = {"error": (GREY, ""), "error_corrected": ("#0072b2", ""), "error_exact_mass": ("#56b4e9", "/"),
+_HALF_LOOK = {"error": ("#b9b9b9", ""), "error_corrected": ("#0072b2", ""), "error_exact_mass": ("#56b4e9", "/"),
               "error_exact_direction": ("#e8762d", "\\")}
 _HALF_TITLE = {"error": "plain eviction", "error_corrected": "corrected",
                "error_exact_mass": "true mass: direction's error is left",
@@ -307,7 +309,7 @@ def _draw_halves(ex, frames):
 
 def _matrix(frame, label, column):
     mine = frame[frame["label"] == label]
-    return mine.pivot_table(index="layer", columns="q_head", values=column, aggfunc="mean", dropna=False)
+    return mine.pivot(index="layer", columns="q_head", values=column)
 
 
 def _draw_heads(ex, frames):
@@ -522,7 +524,7 @@ def _draw_wins(ex, frames):
         layout["yaxis2"].update(tickformat=".0%", range=[0, 1])
         layout["barmode"] = "stack"
         data = [{"type": "scatter", "mode": "markers", "name": "difference", "showlegend": False, "x": x,
-                 "y": rounded(rows["difference"]), "error_y": {**_interval(rows, "difference", "low", "high"), "color": GREY},
+                 "y": rounded(rows["difference"]), "error_y": _interval(rows, "difference", "low", "high"),
                  "marker": {"size": 9, "color": [colour[ex.labels[1 if d > 0 else 0]] for d in rows["difference"]]},
                  "hovertemplate": "%{x}: %{y:+.4f}<extra></extra>"}]
         for label, column in zip(ex.labels, ("wins", "losses")):
