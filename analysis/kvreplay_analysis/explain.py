@@ -171,7 +171,7 @@ def parts(ex):
     rows = []
     for label in ex.labels:
         mine = ex.of(label)
-        steps = step_totals(mine, [("error", ""), ("evicted_mass", ""), ("error_parallel", ""), ("error_orthogonal", "")])
+        steps = step_totals(mine, [(m, "") for m in ("error", "evicted_mass", "error_parallel", "error_orthogonal")])
         if not steps or not sum(t[:, -1].sum() for t in steps.values()):
             continue
         row = {"label": label, "n": int(sum(t[:, -1].sum() for t in steps.values()))}
@@ -182,7 +182,8 @@ def parts(ex):
                 parallel, orthogonal = (np.square(a[cell].astype(float)) for a in arrays)
                 bootstrap.add(squares, trace, _blocked([orthogonal, parallel + orthogonal], mine.block_steps))
         for name, totals, statistic in (
-                ("error", steps, _ratio(0, -1)), ("evicted_mass", steps, _ratio(1, -1)), ("distance", steps, _ratio(0, 1)),
+                ("error", steps, _ratio(0, -1)), ("evicted_mass", steps, _ratio(1, -1)),
+                ("distance", steps, _ratio(0, 1)),
                 ("error_parallel", steps, _ratio(2, -1)), ("error_orthogonal", steps, _ratio(3, -1)),
                 ("orthogonal_share", squares, _ratio(0, 1))):
             row[name], row[f"{name}_low"], row[f"{name}_high"] = _estimate(totals, statistic)
@@ -342,7 +343,8 @@ def spread_bins(ex, spread="logit_variance", n_bins=8):
                 if n:
                     removed, lo, hi = _estimate(per_trace, bootstrap.removed_share)
                     rows.append({"label": label, "compensator": c, "low_edge": low, "high_edge": high,
-                                 "spread": sum_x / n, "removed": removed, "removed_low": lo, "removed_high": hi, "n": n})
+                                 "spread": sum_x / n, "removed": removed, "removed_low": lo, "removed_high": hi,
+                                 "n": n})
     if not rows:
         raise Absent("no compensator was measured beside these methods where they had evicted something")
     return pd.DataFrame(rows)
@@ -350,8 +352,8 @@ def spread_bins(ex, spread="logit_variance", n_bins=8):
 
 def evictions(ex):
     """Every eviction: label, trace, layer, kv_head, q_head, token, evicted_at, age, lag (NaN: never needed again),
-    missed, steps_without, regret, at_prompt. age: positions between the token and the first query that misses it; lag: decode steps
-    from then to the first step that misses it among its largest weights."""
+    missed, steps_without, regret, at_prompt. age: positions between the token and the first query that misses
+    it; lag: decode steps from then to the first step that misses it among its largest weights."""
     rows = []
     for label in ex.labels:
         mine = ex.of(label)
@@ -363,7 +365,8 @@ def evictions(ex):
                 "label": label, "trace": what.trace, "layer": what.layer, "kv_head": a["kv_head"][lane],
                 "q_head": a["q_head"][lane], "token": token, "evicted_at": at, "age": what.prompt_len + at - token,
                 "lag": np.where(first >= 0, (first - at).astype(float), np.nan), "missed": a["missed"][lane, token],
-                "steps_without": what.n_steps - at, "regret": a["regret"][lane, token], "at_prompt": (at == 0) & (token < what.prompt_len)}))
+                "steps_without": what.n_steps - at, "regret": a["regret"][lane, token],
+                "at_prompt": (at == 0) & (token < what.prompt_len)}))
     frame = pd.concat(rows, ignore_index=True)
     if frame.empty:
         raise Absent("nothing was evicted: there is no age and no lag")

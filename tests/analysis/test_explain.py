@@ -22,7 +22,8 @@ if not os.path.exists(KVREPLAY):
     pytest.skip(f"{KVREPLAY} is not built, or KVREPLAY_BINARY does not name it", allow_module_level=True)
 
 P, N, GROUP, TOP = 70, 300, 2, 20
-METHODS = ["h2o:sink=2", "momentkv", "h2o:scope=query_head", "momentum", "full+quest:page=8", "full", "full+kivi:residual=32"]
+METHODS = ["h2o:sink=2", "momentkv", "h2o:scope=query_head", "momentum", "full+quest:page=8", "full",
+           "full+kivi:residual=32"]
 PIECES = [["word", " the", "\n", "\"quo,ted\"", "<b>&amp;", "é"][i % 6] for i in range(N)]
 
 
@@ -40,7 +41,8 @@ def run(tmp_path_factory):
     q, k, v = arrays(n_tokens=N, n_heads=4, n_kv_heads=2, head_dim=16, layers=(0, 3), sharp=2.5, seed=11)
     for layer in v:
         v[layer] += 0.7
-    trace = write(folder / "t.h5", q, k, v, prompt_len=P, spans=[("needle", 5, 12), ("late", P + 20, P + 60)], pieces=PIECES)
+    trace = write(folder / "t.h5", q, k, v, prompt_len=P, spans=[("needle", 5, 12), ("late", P + 20, P + 60)],
+                  pieces=PIECES)
     good_run(trace, folder / "out", *(f"--method={m}" for m in METHODS), "-b", "12,24,48")
     return {"folder": folder / "out", "q": q, "k": k, "v": v}
 
@@ -161,7 +163,8 @@ def test_table_of_numbers_is_summary_csv(ex):
 
 
 def test_parts_and_halves_are_means_of_steps(ex):
-    parts, halves = explain.parts(ex).set_index("label"), explain.halves(ex).set_index(["label", "compensator", "quantity"])
+    parts, halves = explain.parts(ex).set_index("label"), explain.halves(ex).set_index(["label", "compensator",
+                                                                                        "quantity"])
     for label in ex.labels:
         steps = {m: np.concatenate([a.ravel() for a in ex.of(label).steps(m).values()]).astype(float)
                  for m in ("error", "evicted_mass", "error_parallel", "error_orthogonal")}
@@ -170,7 +173,8 @@ def test_parts_and_halves_are_means_of_steps(ex):
         assert p["n"] == there.sum()
         for m, values in steps.items():
             assert p[m] == pytest.approx(values[there].mean(), rel=1e-12)
-        assert p["distance"] == pytest.approx(steps["error"][there].sum() / steps["evicted_mass"][there].sum(), rel=1e-12)
+        assert p["distance"] == pytest.approx(steps["error"][there].sum() / steps["evicted_mass"][there].sum(),
+                                              rel=1e-12)
         assert p["orthogonal_share"] == pytest.approx((steps["error_orthogonal"][there] ** 2).sum() /
                                                       (steps["error"][there] ** 2).sum(), rel=1e-4)
         assert p["error_low"] < p["error"] < p["error_high"]
@@ -178,11 +182,12 @@ def test_parts_and_halves_are_means_of_steps(ex):
             corrected, mass, direction = (np.concatenate([a.ravel() for a in ex.of(label).steps(m, c).values()])
                                           for m in ("error_corrected", "error_exact_mass", "error_exact_direction"))
             both = np.isfinite(corrected) & np.isfinite(mass) & np.isfinite(direction) & np.isfinite(steps["error"])
-            for m, values in (("error_corrected", corrected), ("error_exact_mass", mass), ("error_exact_direction", direction)):
+            for m, values in (("error_corrected", corrected), ("error_exact_mass", mass), ("error_exact_direction",
+                                                                                           direction)):
                 row = halves.loc[(label, c, m)]
                 assert row["mean"] == pytest.approx(values[both].astype(float).mean(), rel=1e-12)
-                assert row["removed"] == pytest.approx(1 - values[both].astype(float).sum() / steps["error"][both].sum(),
-                                                       rel=1e-9)
+                left = values[both].astype(float).sum() / steps["error"][both].sum()
+                assert row["removed"] == pytest.approx(1 - left, rel=1e-9)
             assert row["acting"] == (label == "momentkv" and c == "moments")
 
 
@@ -201,7 +206,8 @@ def test_evictions_ages_and_lags(ex):
         assert mine[mine[column] == "never"]["n"].sum() == values.isna().sum()
 
 
-@pytest.mark.parametrize("values, names", [([0, 1, 2, 3, 4, 7, 8], ["0", "1", "2–3", "4–7", "8–15"]), ([0], ["0"]), ([], ["0"])])
+@pytest.mark.parametrize("values, names", [
+    ([0, 1, 2, 3, 4, 7, 8], ["0", "1", "2–3", "4–7", "8–15"]), ([0], ["0"]), ([], ["0"])])
 def test_doubling_bins(values, names):
     index, got = explain.doubling_bins(values)
     assert got == names and list(index) == [{0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 7: 3, 8: 4}[v] for v in values]
@@ -225,7 +231,8 @@ def test_missed_tokens_are_those_that_a_cache_of_the_same_size_would_have_held(r
 def test_span_bias(ex):
     frame = explain.span_bias(ex).set_index(["label", "span"])
     for label in ex.labels:
-        assert frame.at[(label, "needle"), "retention"] == pytest.approx(summary_mean(ex, label, "retention:needle"), rel=1e-6)
+        assert frame.at[(label, "needle"), "retention"] == pytest.approx(
+            summary_mean(ex, label, "retention:needle"), rel=1e-6)
         share = []
         for cell, mine, _ in cells(ex):
             if mine == label:
@@ -234,7 +241,8 @@ def test_span_bias(ex):
                     share.append((at[:, :P + step + 1] > step).mean())
         assert frame.at[(label, "needle"), "overall"] == pytest.approx(np.mean(share), rel=1e-9)
         row = frame.loc[(label, "needle")]
-        assert row["bias"] == pytest.approx(row["retention"] - row["overall"]) and row["low"] <= row["bias"] <= row["high"]
+        assert row["bias"] == pytest.approx(row["retention"] - row["overall"])
+        assert row["low"] <= row["bias"] <= row["high"]
 
 
 def test_raster_is_the_share_of_pairs_kept(ex):
@@ -243,7 +251,8 @@ def test_raster_is_the_share_of_pairs_kept(ex):
     at = ex.results.evicted_at(cell)
     for lane in range(2):
         for i, j in ((0, 0), (3, 8), (6, 16), (12, 16), (12, 0)):
-            pairs = [(t, s) for t in range(rows[i], rows[i + 1]) for s in range(columns[j], columns[j + 1]) if t <= P + s]
+            pairs = [(t, s) for t in range(rows[i], rows[i + 1]) for s in range(columns[j], columns[j + 1])
+                     if t <= P + s]
             if not pairs:
                 assert np.isnan(shares[lane, i, j])
                 continue
@@ -264,8 +273,8 @@ def test_paired_differences_and_factors(ex):
     assert set(rows.loc["error"].index) == {"all", 0, 3}
     f = explain.factors(ex).set_index("factor")["ratio"]
     assert f["error"] == pytest.approx(f["evicted_mass"] * f["distance"], rel=1e-12)
-    assert f["error"] == pytest.approx(summary_mean(ex, ex.labels[0], "error") / summary_mean(ex, ex.labels[1], "error"),
-                                       rel=1e-6)
+    a, b = (summary_mean(ex, label, "error") for label in ex.labels)
+    assert f["error"] == pytest.approx(a / b, rel=1e-6)
 
 
 def test_heads_and_steps_are_those_of_the_files(ex):
@@ -273,7 +282,8 @@ def test_heads_and_steps_are_those_of_the_files(ex):
     assert len(heads) == 2 * 2 * 4
     for p in heads.itertuples():
         for m in ("error", "error_output", "evicted_mass"):
-            assert getattr(p, m) == pytest.approx(summary_mean(ex, p.label, m, layer=p.layer, q_head=p.q_head), rel=1e-12)
+            expected = summary_mean(ex, p.label, m, layer=p.layer, q_head=p.q_head)
+            assert getattr(p, m) == pytest.approx(expected, rel=1e-12)
     line = explain.over_steps(ex)
     mine = line[line["label"] == "momentkv"]
     expected = np.mean([a.astype(float) for a in ex.of("momentkv").steps("error_output").values()], axis=(0, 1))

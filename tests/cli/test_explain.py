@@ -16,7 +16,8 @@ def trace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(trace, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "out"
-    good_run(trace, out, "-m", "h2o", "-m", "momentkv", "-m", "h2o:window=20", "-m", "tova+pyramid:window=4,beta=2", "-m", "full",
+    good_run(trace, out, "-m", "h2o", "-m", "momentkv", "-m", "h2o:window=20", "-m", "tova+pyramid:window=4,beta=2",
+             "-m", "full",
              "-b", "20,32,40")
     return out
 
@@ -58,7 +59,8 @@ def test_trace_that_is_gone_or_another(trace, tmp_path):
     assert_refused(kvreplay("explain", tmp_path / "out", "-m", "h2o"), 3, str(mine), "--traces-in")
     make(mine, layers=(0, 2), n_heads=4, n_kv_heads=2, seed=2)
     other = kvtrace.content_hash(str(mine))
-    assert_refused(kvreplay("explain", tmp_path / "out", "-m", "h2o"), 3, str(mine), other, kvtrace.content_hash(str(trace)))
+    assert_refused(kvreplay("explain", tmp_path / "out", "-m", "h2o"), 3, str(mine), other,
+                   kvtrace.content_hash(str(trace)))
     assert final_files(tmp_path / "out") == ["results.h5", "run.json", "summary.csv"]
     (tmp_path / "moved").mkdir()
     shutil.copy(trace, tmp_path / "moved" / "a.h5")
@@ -67,7 +69,8 @@ def test_trace_that_is_gone_or_another(trace, tmp_path):
                     env={"KVREPLAY_PYTHON": "/nowhere/python", "PATH": "/usr/bin:/bin"})
     assert done.returncode == 1 and "/nowhere/python" in done.stderr
     folder = tmp_path / "out" / "explain" / "h2o_at_20"
-    assert final_files(folder) == ["attribution.h5", "explain.json", "results.h5", "run.json", "summary.csv", "tokens.csv"]
+    assert final_files(folder) == ["attribution.h5", "explain.json", "results.h5", "run.json", "summary.csv",
+                                   "tokens.csv"]
     assert json.loads((folder / "explain.json").read_text())["budget"] == "20"
 
 
@@ -87,14 +90,16 @@ def test_what_is_explained_by_default(results):
 
 
 def test_shortened_and_shifted_runs_are_replayed_alike(trace, tmp_path):
-    table = good_run(trace, tmp_path / "out", "-m", "h2o", "-b", "20", "--max-steps", "9", "--prompt-len", "40", "--seed",
+    table = good_run(trace, tmp_path / "out", "-m", "h2o", "-b", "20", "--max-steps", "9", "--prompt-len", "40",
+                     "--seed",
                      "5", "--layers", "2", "--metrics", "error,evicted_mass")
     folder = replayed(tmp_path / "out", "-m", "h2o")
     run = json.loads((folder / "run.json").read_text())
     assert (run["traces"][0]["n_tokens"], run["traces"][0]["prompt_len"], run["seed"]) == (49, 40, 5)
     with open(folder / "summary.csv") as file:
         mine = [line.split(",") for line in file if ",error," in line]
-    assert [float(row[-6]) for row in mine] == pytest.approx([r["mean"] for r in table if r["metric"] == "error"], rel=1e-5)
+    assert [float(row[-6]) for row in mine] == pytest.approx([r["mean"] for r in table if r["metric"] == "error"],
+                                                             rel=1e-5)
 
 
 def test_a_replaced_explanation_keeps_nothing_of_the_earlier(results):
