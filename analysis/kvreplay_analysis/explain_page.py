@@ -57,20 +57,20 @@ def page(ex, original=None):
                 "colour": colour[label], "acting": cells.at[label, "compensator_acting"],
                 "foresight": cells.at[label, "foresight"]} for label in ex.labels]
     drawn = [f for f in FIGURES if not (f.needs_two and len(ex.labels) < 2)]
-    blobs = {f"{i}/0/{f.name}": _packed(f.content(scope)) for i, (_, scope) in enumerate(chosen) for f in drawn}
-    meta = {"methods": methods, "file": ex.results.folder.resolve().name,
-            "figures": [{"name": f.name, "title": f.title, "how": f.how, "by_budget": False} for f in drawn],
-            "scopes": [{"title": title, "budgets": [], "default_budget": ""} for title, _ in chosen]}
+    blobs = {f"{i}/{f.name}": _packed(f.content(scope)) for i, (_, scope) in enumerate(chosen) for f in drawn}
+    blobs["plotly"] = _packed(get_plotlyjs())
+    meta = {"scopes": [{"title": title} for title, _ in chosen]}
+
+    def text(name):
+        return (PAGE / name).read_text(encoding="utf-8")
+
     return environment.get_template("explain.html").render(
         ex=ex, run=ex.results.run, methods=methods, colours=colour, meta=_json(meta),
         open_loop=ex.results.run.get("open_loop") or OPEN_LOOP, sections=_sections(drawn),
         scopes=[{"title": title, **_tables(scope)} for title, scope in chosen],
         differs=ka.difference_to(ex, original) if original is not None else "",
         blobs=blobs,
-        css=(PAGE / "report.css").read_text(encoding="utf-8"), js=(PAGE / "report.js").read_text(encoding="utf-8"),
-        own_css=(PAGE / "explain.css").read_text(encoding="utf-8"),
-        own_js=(PAGE / "explain.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs().replace("</script", "<\\/script"))
+        css=text("report.css"), own_css=text("explain.css"), page_js=text("page.js"), js=text("explain.js"))
 
 
 def _sections(figures):
