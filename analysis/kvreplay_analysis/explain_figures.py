@@ -517,10 +517,10 @@ ERROR, WHERE = "Lost mass or lost direction", "Where and which tokens"
 WHEN, HEAD = "When it left and was needed", "One head"
 FIGURES = [
     Figure(ERROR, "parts", "Lost mass and lost direction",
-           "The error is a right triangle: if the evicted output pointed like the retained one, only the parallel "
-           "part would be left; if it only had the wrong length, only the orthogonal part. It is also a product: the "
-           "lost mass, times how far away what was lost points, in lengths of f. Bars are means over the same steps, "
-           "with 95 % intervals.",
+           "The error is the long side of a right triangle. The parallel part lies along the retained output: a longer "
+           "or shorter one would repair it. The orthogonal part is lost direction, which no rescaling brings back. The "
+           "error is also a product: the lost mass, times how far away what was lost points, in lengths of f. Bars are "
+           "means over the same steps, with 95 % intervals.",
            lambda ex: {"parts": ka.parts(ex)}, _draw_parts),
     Figure(ERROR, "halves", "What the correction gives back, and which half of it falls short",
            "A correction is a mass times a direction. Left to right: no correction; the correction; its direction "
@@ -531,7 +531,7 @@ FIGURES = [
            "Each point is an eighth of all blocks of 64 steps of a head: further right the evicted logits spread "
            "more, and a first-order estimate of their mass should be worse; below 0 the correction does harm.",
            lambda ex: {s: ka.spread_bins(ex, s) for s in ("logit_variance", "logit_spread")}, _draw_spread,
-           "95 % intervals by block bootstrap over time."),
+           "95 % intervals by block bootstrap."),
     Figure(WHERE, "heads", "Error by layer and head",
            "One square is one query head of one layer, brighter is worse; select a square to see that head below. In "
            "the difference, orange is where the first method is better and purple where it is worse.",
