@@ -19,7 +19,12 @@ constexpr int kChunk = 256;  // tokens multiplied at once
 class Lane {
  public:
   Lane(const Layer& layer, const CellResult& cell, int kv_head, int first_head, int n_heads)
-      : layer_(layer), cell_(cell), kv_head_(kv_head), first_head_(first_head), heads_(n_heads) {
+      : layer_(layer),
+        cell_(cell),
+        kv_head_(kv_head),
+        first_head_(first_head),
+        heads_(n_heads),
+        reads_(!cell.attended.empty()) {
     const auto n_tokens = std::size_t(layer.n_tokens), n_steps = std::size_t(layer.n_steps());
     const int head = kv_head * layer.group_size + first_head;
     const std::size_t n_sets = cell.evicted_at.size();
@@ -49,9 +54,8 @@ class Lane {
     steps_ = e.steps;
     rows_ = steps_ * heads_;
     inv_z_.resize(rows_);
-    for (int r = 0; r < rows_; ++r) {
-      inv_z_[r] = 1 / e.z[exact_row(e, r)];
-    }
+    pick(e, e.z, inv_z_);
+    inv_z_ = inv_z_.inverse().eval();
     sort_tokens();
     find_directions(e);
     add_damage(e);
@@ -61,12 +65,25 @@ class Lane {
   LaneAttribution take() { return std::move(out_); }
 
  private:
-  int exact_row(const ExactBlock& e, int r) const { return (r / heads_) * e.group_size + first_head_ + r % heads_; }
+  // The lane's rows of something that has a number for every row of the exact block.
+  template <class Numbers, class Out>
+  void pick(const ExactBlock& e, const Numbers& all, Out&& out) const {
+    const auto* from = all.data();
+    if (heads_ == e.group_size) {
+      for (int r = 0; r < rows_; ++r) {
+        out[r] = double(from[r]);
+      }
+      return;
+    }
+    for (int r = 0; r < rows_; ++r) {
+      out[r] = double(from[(r / heads_) * e.group_size + first_head_ + r % heads_]);
+    }
+  }
 
   // Whether the row does not attend the token, which is born.
   bool gone(Pos token, int r) const {
     const int step = first_step_ + r / heads_;
-    if (cell_.attended.empty()) {
+    if (!reads_) {
       return out_.evicted_at[std::size_t(token)] <= step;
     }
     const auto head = std::size_t(kv_head_ * layer_.group_size + first_head_ + r % heads_);
@@ -76,16 +93,35 @@ class Lane {
     return ((byte >> (token % 8)) & 1) == 0;
   }
 
+  // Sets to 0 where the row does not miss the token, or (with `missing` false) does not attend it.
+  template <class Row>
+  void mask(Pos token, bool missing, Row&& row) const {
+    if (!reads_) {  // gone from one step on
+      const int from = std::clamp(out_.evicted_at[std::size_t(token)] - first_step_, 0, steps_) * heads_;
+      if (missing) {
+        row.head(from).setZero();
+      } else {
+        row.tail(rows_ - from).setZero();
+      }
+      return;
+    }
+    for (int r = 0; r < rows_; ++r) {
+      if (gone(token, r) != missing) {
+        row[r] = 0;
+      }
+    }
+  }
+
   // Tokens that some row of the block misses, and those that some row attends.
   void sort_tokens() {
     missing_.clear();
     present_.clear();
     for (Pos t = 0; t < begin_ + steps_; ++t) {
       const int at = out_.evicted_at[std::size_t(t)];
-      if (!cell_.attended.empty() || at < first_step_ + steps_) {
+      if (reads_ || at < first_step_ + steps_) {
         missing_.push_back(t);
       }
-      if (!cell_.attended.empty() || at > first_step_) {
+      if (reads_ || at > first_step_) {
         present_.push_back(t);
       }
     }
@@ -101,11 +137,10 @@ class Lane {
       attention_.resize(Eigen::Index(chunk.size()), rows_);
       values_.resize(Eigen::Index(chunk.size()), layer_.v_head_dim);
       for (std::size_t i = 0; i < chunk.size(); ++i) {
-        const float* weights = e.weights.row(chunk[i]).data();
         auto row = attention_.row(Eigen::Index(i));
-        for (int r = 0; r < rows_; ++r) {
-          row[r] = gone(chunk[i], r) == missing ? double(weights[exact_row(e, r)]) * inv_z_[r] : 0;
-        }
+        pick(e, e.weights.row(chunk[i]), row);
+        row.array() *= inv_z_.transpose();
+        mask(chunk[i], missing, row);
         values_.row(Eigen::Index(i)) = layer_.v[std::size_t(kv_head_)].row(chunk[i]).cast<double>();
       }
       use(chunk, attention_, values_);
@@ -194,14 +229,12 @@ class Lane {
   void add_missed(const ExactBlock& e) {
     const Eigen::Index n_all = begin_ + steps_;
     MatD mean(steps_, n_all);  // attention, mean over the heads
+    Eigen::ArrayXd attention(rows_);
     for (Pos t = 0; t < n_all; ++t) {
-      const float* weights = e.weights.row(t).data();
+      pick(e, e.weights.row(t), attention);
+      attention *= inv_z_;
       for (int s = 0; s < steps_; ++s) {
-        double sum = 0;
-        for (int r = s * heads_; r < (s + 1) * heads_; ++r) {
-          sum += double(weights[exact_row(e, r)]) * inv_z_[r];
-        }
-        mean(s, t) = sum / heads_;
+        mean(s, t) = attention.segment(s * heads_, heads_).sum() / heads_;
       }
     }
     std::vector<Pos> order;
@@ -211,8 +244,9 @@ class Lane {
       is_gone.assign(std::size_t(n), 1);
       int n_kept = 0;
       for (Pos t = 0; t < n; ++t) {
-        for (int r = s * heads_; is_gone[std::size_t(t)] && r < (s + 1) * heads_; ++r) {
-          is_gone[std::size_t(t)] = gone(t, r);  // a reader's heads choose for themselves: there where one attends it
+        // A reader's heads choose for themselves: the token is there where one of them attends it.
+        for (int r = s * heads_; is_gone[std::size_t(t)] && r < s * heads_ + (reads_ ? heads_ : 1); ++r) {
+          is_gone[std::size_t(t)] = gone(t, r);
         }
         n_kept += !is_gone[std::size_t(t)];
       }
@@ -221,8 +255,9 @@ class Lane {
       }
       order.resize(std::size_t(n));
       std::iota(order.begin(), order.end(), 0);
+      const double* of = mean.row(s).data();
       std::nth_element(order.begin(), order.begin() + n_kept, order.end(),
-                       [&](Pos a, Pos b) { return mean(s, a) != mean(s, b) ? mean(s, a) > mean(s, b) : a > b; });
+                       [of](Pos a, Pos b) { return of[a] != of[b] ? of[a] > of[b] : a > b; });
       const int step = first_step_ + s;
       std::sort(order.begin(), order.begin() + n_kept);  // sums do not depend on how the library partitions
       for (int i = 0; i < n_kept; ++i) {
@@ -244,6 +279,7 @@ class Lane {
   const CellResult& cell_;
   const Series* error_;
   int kv_head_, first_head_, heads_;
+  bool reads_;  // E is what is not attended
   LaneAttribution out_;
   // Of the block. A row is step * heads + head of the lane.
   Pos begin_ = 0;
