@@ -12,6 +12,7 @@
 #include "policies/errors.hpp"
 #include "sim/cli/compare_command.hpp"
 #include "sim/cli/exit.hpp"
+#include "sim/cli/explain_command.hpp"
 #include "sim/cli/policies_command.hpp"
 #include "sim/cli/report_command.hpp"
 #include "sim/cli/run_command.hpp"
@@ -66,6 +67,7 @@ int main(int argc, char** argv) {
   add_policies_command(app);
   add_compare_command(app);
   add_report_command(app);
+  add_explain_command(app);
   add_trace_commands(app);
   try {
     app.parse(argc, argv);

@@ -4,6 +4,6 @@ A command prints its result on stdout and raises UsageError, Absent or ResultsEr
 what they need inside `run`, so that a missing package is a sentence of the command line and not a traceback.
 """
 
-from . import compare, figure, league, report
+from . import compare, explain, figure, league, report
 
-ALL = {"report": report, "figure": figure, "compare": compare, "league": league}
+ALL = {"report": report, "figure": figure, "compare": compare, "league": league, "explain": explain}

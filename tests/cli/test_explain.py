@@ -1,0 +1,118 @@
+"""What `kvreplay explain` refuses and how; that it says what it explains, and leaves nothing where it fails."""
+
+import json
+import shutil
+
+import pytest
+
+from harness import assert_refused, final_files, good_run, kvreplay, kvtrace, make
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("traces") / "a.h5", layers=(0, 2), n_heads=4, n_kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def results(trace, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results") / "out"
+    good_run(trace, out, "-m", "h2o", "-m", "momentkv", "-m", "h2o:window=20", "-m", "tova+pyramid:window=4,beta=2",
+             "-m", "full",
+             "-b", "20,32,40")
+    return out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("--method", "h20"), ("--method", "'h20'", "'h2o'")),
+    (("--method", "h2o", "--against", "moment"), ("--against", "'moment'", "'momentkv'")),
+    (("--method", "h2o", "--against", "h2o"), ("'h2o'", "itself")),
+    (("--method", "momentkv", "--against", "residual+adakv+moments"), ("itself",)),
+    (("--method", "h2o", "--budget", "33"), ("--budget", "'33'", "'32'")),
+    (("--method", "h2o", "--trace", "b"), ("--trace", "'b'", "'a'")),
+    (("--method", "h2o", "--layers", "1"), ("--layers", "no layer 1", "0, 2")),
+    (("--method", "h2o", "--layers", "x"), ("--layers", "'x'")),
+    (("--method", "h2o", "--top", "0"), ("--top", "0")),
+    (("--method", "h2o", "--threads", "9999"), ("--threads", "9999", "1024")),
+    (("--method", "tova+pyramid:window=4,beta=2", "--layers", "2"), ("--layers", "tova+pyramid:window=4,beta=2")),
+    (("--method", "h2o", "--memory", "1KiB"), ("--memory",)),
+    ((), ("--method",)),
+])
+def test_refusals(results, arguments, words):
+    before = final_files(results)
+    assert_refused(kvreplay("explain", results, *arguments), 2, *words)
+    assert final_files(results) == before
+
+
+def test_folders_that_are_none(tmp_path, results):
+    assert_refused(kvreplay("explain", tmp_path / "gone", "-m", "h2o"), 2, "does not exist")
+    assert_refused(kvreplay("explain", tmp_path, "-m", "h2o"), 2, "run.json")
+    assert_refused(kvreplay("explain", results / "run.json", "-m", "h2o"), 2, "is a file")
+    (tmp_path / "run.json").write_text('{"traces": 3}')
+    assert_refused(kvreplay("explain", tmp_path, "-m", "h2o"), 2, "run.json")
+
+
+def test_trace_that_is_gone_or_another(trace, tmp_path):
+    mine = tmp_path / "a.h5"
+    shutil.copy(trace, mine)
+    good_run(mine, tmp_path / "out", "-m", "h2o", "-b", "20")
+    mine.unlink()
+    assert_refused(kvreplay("explain", tmp_path / "out", "-m", "h2o"), 3, str(mine), "--traces-in")
+    make(mine, layers=(0, 2), n_heads=4, n_kv_heads=2, seed=2)
+    other = kvtrace.content_hash(str(mine))
+    assert_refused(kvreplay("explain", tmp_path / "out", "-m", "h2o"), 3, str(mine), other,
+                   kvtrace.content_hash(str(trace)))
+    assert final_files(tmp_path / "out") == ["results.h5", "run.json", "summary.csv"]
+    (tmp_path / "moved").mkdir()
+    shutil.copy(trace, tmp_path / "moved" / "a.h5")
+    # Python is asked for last: without one, the replay's own files are there.
+    done = kvreplay("explain", tmp_path / "out", "-m", "h2o", "--traces-in", tmp_path / "moved",
+                    env={"KVREPLAY_PYTHON": "/nowhere/python", "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 1 and "/nowhere/python" in done.stderr
+    folder = tmp_path / "out" / "explain" / "h2o_at_20"
+    assert final_files(folder) == ["attribution.h5", "explain.json", "results.h5", "run.json", "summary.csv",
+                                   "tokens.csv"]
+    assert json.loads((folder / "explain.json").read_text())["budget"] == "20"
+
+
+def replayed(results, *arguments):
+    """The folder of a replay whose page nobody wrote."""
+    before = set((results / "explain").iterdir()) if (results / "explain").exists() else set()
+    kvreplay("explain", results, *arguments, env={"KVREPLAY_PYTHON": "/nowhere/python", "PATH": "/usr/bin:/bin"})
+    new, = set((results / "explain").iterdir()) - before
+    return new
+
+
+def test_what_is_explained_by_default(results):
+    """The middle budget; a canonical name finds what was typed; a cut run is replayed as it was cut."""
+    folder = replayed(results, "-m", "residual+adakv+moments", "--against", "full")
+    said = json.loads((folder / "explain.json").read_text())
+    assert (folder.name, said["method"], said["against"]) == ("momentkv_vs_full_at_32", "momentkv", "full")
+
+
+def test_shortened_and_shifted_runs_are_replayed_alike(trace, tmp_path):
+    table = good_run(trace, tmp_path / "out", "-m", "h2o", "-b", "20", "--max-steps", "9", "--prompt-len", "40",
+                     "--seed",
+                     "5", "--layers", "2", "--metrics", "error,evicted_mass")
+    folder = replayed(tmp_path / "out", "-m", "h2o")
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["traces"][0]["n_tokens"], run["traces"][0]["prompt_len"], run["seed"]) == (49, 40, 5)
+    with open(folder / "summary.csv") as file:
+        mine = [line.split(",") for line in file if ",error," in line]
+    assert [float(row[-6]) for row in mine] == pytest.approx([r["mean"] for r in table if r["metric"] == "error"],
+                                                             rel=1e-5)
+
+
+def test_a_replaced_explanation_keeps_nothing_of_the_earlier(results):
+    folder = replayed(results, "-m", "h2o:window=20", "-b", "40")
+    (folder / "explain.html").write_text("old")
+    kvreplay("explain", results, "-m", "h2o:window=20", "-b", "40", env={"KVREPLAY_PYTHON": "/nowhere/python"})
+    assert "explain.html" not in final_files(folder)
+
+
+def test_a_table_that_changed_is_refused(trace, tmp_path):
+    table = tmp_path / "alpha.json"
+    table.write_text('{"0": 0.9, "2": 0.5}')
+    method = f"momentum:alpha=@{table}"
+    good_run(trace, tmp_path / "out", "-m", method, "-b", "20")
+    table.write_text('{"0": 0.9, "2": 0.6}')
+    assert_refused(kvreplay("explain", tmp_path / "out", "-m", method), 2, "alpha.json")
