@@ -9,7 +9,7 @@
 import importlib
 
 _WHERE = {"Absent": "errors", "ResultsError": "errors", "UsageError": "errors", "Results": "results", "load": "results",
-          "configurations": "tables", "figures": None}
+          "configurations": "tables", "figures": None, "tune": None}
 __all__ = list(_WHERE)
 
 
