@@ -169,6 +169,9 @@ std::string name_of(const Term& t) {
 Objective Objective::parse(const std::string& text) {
   Objective o;
   o.text = text;
+  if (text.empty()) {
+    throw ConfigError("--objective: '' has an empty term; write for example error_output+0.5*evicted_mass");
+  }
   std::size_t n_at = 0;
   for (std::string term : split_terms(text)) {
     if (const std::size_t at = term.find('@'); at != std::string::npos) {

@@ -115,7 +115,7 @@ TEST_CASE("a cell's sums are statistics per head, weighted by the steps that cou
 }
 
 TEST_CASE("at equal bytes a value lies between the budgets around them, linear in the logarithm") {
-  const Objective o = Objective::parse("error_output@bytes=2000");
+  const Objective o = Objective::parse("error_output@bytes=2000B");
   const auto at = [](double bytes, double value) {
     Sums s;
     s.weighted = {value * 4};
