@@ -24,6 +24,7 @@ from .results import load as load_results
 
 ALL = "all"  # the region of all layers and heads
 N_RESAMPLES_QUANTILES = 400  # quantiles are sorted anew in every resample
+NEAR_EDGE = 0.03  # of a range on its scale: an optimum closer to the end may lie beyond it
 GRAINS = ("global", "layer", "head")
 
 
@@ -383,8 +384,10 @@ def _optimum(params, candidates, columns, best, allowed):
             names, n = np.unique([candidates[w]["values"][i] for w in winners], return_counts=True)
             out["interval"][p["name"]] = {str(name): float(k / len(winners)) for name, k in zip(names, n)}
         mine = number(candidates[best]["values"][i])
-        if p["lo"] is not None and mine in (p["lo"], p["hi"]):
-            out["at_edge"].append(p["name"])
+        if p["lo"] is not None and not math.isnan(mine):
+            low, high, at = place([p["lo"], p["hi"], mine], p["scale"])
+            if min(at - low, high - at) < NEAR_EDGE * (high - low):
+                out["at_edge"].append(p["name"])
     return out
 
 

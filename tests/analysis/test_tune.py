@@ -272,3 +272,17 @@ def test_one_block_has_no_interval(tmp_path, monkeypatch):
     assert math.isnan(case["gain"]["low"])
     assert "no interval" in tune.verdict(case["gain"])
     assert math.isfinite(case["curve"][0]["value"])
+
+def test_an_optimum_at_the_end_of_the_range_is_said_to_be(tmp_path, monkeypatch):
+    chosen = {"global": 1, "layers": {"0": 1, "4": 1}, "heads": {"0": [1, 1], "4": [1, 1]}}
+    tuned = tune.load(write(tmp_path, monkeypatch, lambda alpha, layer, head: alpha, chosen=chosen))
+    found = tune.findings(tuned)
+    assert found["cases"][0]["optimum"]["at_edge"] == ["alpha"]
+    assert "alpha at the end of the range" in tune.text(found)
+
+
+def test_places_are_even_on_the_scale():
+    assert np.diff(tune.place([0.9, 0.99, 0.999], "one_minus")) == pytest.approx([math.log(10)] * 2)
+    assert np.diff(tune.place([1, 10, 100], "log")) == pytest.approx([math.log(10)] * 2)
+    assert np.diff(tune.place([0, 1, 3], "log")) == pytest.approx([math.log(2)] * 2)
+    assert np.diff(tune.place([1, 2, 3], "lin")) == pytest.approx([1, 1])

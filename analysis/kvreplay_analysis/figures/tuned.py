@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..errors import Absent
 from ..style import WIDTHS, grid, legend_below, paper, plt, to_bytes
-from ..tune import case_name, number, per_head, per_layer, short
+from ..tune import case_name, number, per_head, per_layer
 
 CURVE, TUNED, BASE = "#0072b2", "#cc3355", "#555555"
 HOW_TO_READ = {
@@ -149,13 +149,11 @@ def draw_layers(found, style="double", param=None):
         ax.set_xlabel("layer")
         if ax.get_subplotspec().is_first_col():
             ax.set_ylabel(f"best {p['name']}")
-    span = {"one_minus": (1 - low) / (1 - high) if high < 1 else 1}.get(p["scale"], 1)
-    pad = 0.0 if span == 1 else 0.05
-    for ax in axes:
-        forward = ax.yaxis.get_transform()
-        a, b = forward.transform(np.array([low, high]))
-        ends = forward.inverted().transform(np.array([a - (pad or 0.05) * (b - a), b + (pad or 0.05) * (b - a)]))
-        ax.set_ylim(*ends)
+    for ax in axes:  # a twentieth of room, on the scale
+        transform = ax.yaxis.get_transform()
+        bottom, top = transform.transform(np.array([low, high]))
+        room = 0.05 * (top - bottom)
+        ax.set_ylim(*transform.inverted().transform(np.array([bottom - room, top + room])))
     legend_below(figure, [Line2D([], [], color=CURVE, marker="o", linestyle="", label="best of the layer"),
                           Line2D([], [], color=CURVE, alpha=0.35, linewidth=3.5, label="95 % of resampled optima"),
                           Line2D([], [], color=TUNED, linestyle="--", label="one value for all")], style)
@@ -182,7 +180,7 @@ def draw_heads(found, style="double", param=None):
     p, frame = _chosen(found, per_head(found), param)
     cases = [c for c in _cases(found) if (frame["case"] == c).any()]
     n_layers = frame["layer"].nunique()
-    columns = min(len(cases), 3 if style == "double" else 1)
+    columns = 1 if style == "single" else 2 if len(cases) == 4 else min(len(cases), 3)
     rows = -(-len(cases) // columns)
     figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", sharex=True, sharey=True,
                                 figsize=(WIDTHS[style], rows * min(3.4, 0.9 + 0.17 * max(4, n_layers))))
@@ -201,10 +199,12 @@ def draw_heads(found, style="double", param=None):
         if matrix.size <= 64:
             for (r, c), value in np.ndenumerate(matrix.to_numpy(float)):
                 dark = norm(value) < 0.5
-                ax.text(c, r, short(value), ha="center", va="center", fontsize=5.8,
+                ax.text(c, r, f"{value:.3g}", ha="center", va="center", fontsize=5.8,
                         color="white" if dark else "black")
         ax.set_title(_title(cases[k]))
-        ax.set_xlabel("KV head")
+        if k + columns >= len(cases):
+            ax.set_xlabel("KV head")
+            ax.tick_params(labelbottom=True)
         if k % columns == 0:
             ax.set_ylabel("layer")
     bar = figure.colorbar(image, ax=axes, label=f"best {p['name']}", shrink=0.9, pad=0.015)
