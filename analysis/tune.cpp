@@ -10,6 +10,10 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "analysis/fidelity.hpp"
+#include "analysis/grain.hpp"
+#include "analysis/objective.hpp"
+#include "analysis/search.hpp"
 #include "policies/errors.hpp"
 #include "policies/help.hpp"
 #include "policies/values.hpp"
@@ -725,115 +729,6 @@ class Tuning {
 
 }  // namespace
 
-GrainOf grain_of(const Axis& axis, const Method& method, int n_kv_heads, const Objective& objective) {
-  const ParamInfo& p = *axis.param.param;
-  const bool number = p.type == ParamType::integer || p.type == ParamType::real || p.type == ParamType::tokens;
-  const std::string who = axis.param.name;
-  if (!number) {
-    return {Grain::global, who + " is a choice, which takes one value for all layers"};
-  }
-  if (axis.param.engine) {
-    return {Grain::global, who + " is an engine key, which takes one value for all layers"};
-  }
-  if (axis.param.part->role == Role::allocate) {
-    return {Grain::global, who + " is the allocator's, which spreads one total over layers or heads"};
-  }
-  const bool plain = !axis.percent && std::all_of(axis.values.begin(), axis.values.end(), [](const std::string& v) {
-    double x = 0;
-    return parse_number(v, x);
-  });
-  if (!plain) {
-    return {Grain::global, who + " was given in percent or as a table; only plain numbers can differ by layer"};
-  }
-  if (method.traits.scope == Scope::layer || (axis.param.prefill && method.prefill_traits.scope == Scope::layer)) {
-    return {Grain::layer, who + " differs by layer alone, because with scope=layer the heads of a layer share one set"};
-  }
-  if (!objective.per_head()) {
-    return {Grain::layer, who + " differs by layer alone, because the objective is of whole layers"};
-  }
-  if (n_kv_heads == 1) {
-    return {Grain::layer, who + " differs by layer alone, because there is one KV head"};
-  }
-  return {Grain::head, ""};
-}
-
-std::vector<Fidelity> fidelities(const std::vector<int>& layers, int n_steps, int first_eviction) {
-  constexpr int kBlock = 64;
-  struct Look {
-    int layers_of, steps_of, least_steps;  // one layer of so many, one step of so many after the first eviction
-  };
-  std::vector<Fidelity> rounds;
-  const int n_layers = int(layers.size());
-  for (const Look look : {Look{4, 4, 128}, Look{2, 2, 256}}) {
-    if (n_layers == 0) {
-      break;
-    }
-    const int n = (n_layers + look.layers_of - 1) / look.layers_of;
-    const int after = std::max(look.least_steps, (n_steps - first_eviction) / look.steps_of);
-    const int steps = std::min(n_steps, (first_eviction + after + kBlock - 1) / kBlock * kBlock);
-    if (2.0 * n * steps > double(n_layers) * n_steps) {
-      continue;
-    }
-    Fidelity f{{}, steps};
-    for (int i = 0; i < n; ++i) {  // evenly spaced, neither all at the start nor at the end
-      f.layers.push_back(layers[std::size_t((2 * i + 1) * n_layers / (2 * n))]);
-    }
-    rounds.push_back(std::move(f));
-  }
-  return rounds;
-}
-
 TuneOutcome tune(const TuneRequest& request) { return Tuning(request)(); }
-
-TunedMethods read_tuned(const fs::path& file) {
-  const fs::path path = fs::is_directory(file) ? file / "tuned.json" : file;
-  std::ifstream in(path, std::ios::binary);
-  if (!in) {
-    throw ConfigError("--params-from " + file.string() + ": cannot be opened; give the tuned.json of kvreplay tune");
-  }
-  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  const Json j = Json::parse(text, nullptr, false);
-  if (!j.is_object() || j.value("format", "") != "kvreplay-tuned" || !j.contains("tuned") || !j["tuned"].is_array()) {
-    throw ConfigError("--params-from " + file.string() + " is not a tuned.json of kvreplay tune");
-  }
-  TunedMethods t;
-  try {
-    for (const Json& where : j["tuned"]) {
-      const auto budgets = where.at("budgets").get<std::vector<std::string>>();
-      for (const std::string& b : budgets) {
-        if (std::find(t.budgets.begin(), t.budgets.end(), b) == t.budgets.end()) {
-          t.budgets.push_back(b);
-        }
-      }
-      for (const char* level : {"global", "layer", "head"}) {
-        if (where.at(level).is_null()) {
-          continue;
-        }
-        const auto method = where.at(level).get<std::string>();
-        if (std::find(t.methods.begin(), t.methods.end(), method) == t.methods.end()) {
-          t.methods.push_back(method);
-        }
-        std::vector<std::string>& own = t.budgets_of[method];
-        for (const std::string& b : budgets) {
-          if (std::find(own.begin(), own.end(), b) == own.end()) {
-            own.push_back(b);
-          }
-        }
-        // Tables of the tuner lie beside the file; those that the user wrote are where they were.
-        for (std::size_t at = method.find("@params/"); at != std::string::npos; at = method.find("@params/", at + 1)) {
-          const std::size_t end = std::min(method.find(".json", at), method.size() - 5) + 5;
-          const std::string name = method.substr(at + 1, end - at - 1);
-          t.tables[name] = path.parent_path() / name;
-        }
-      }
-    }
-  } catch (const nlohmann::json::exception&) {
-    throw ConfigError("--params-from " + file.string() + " is not a whole tuned.json of kvreplay tune");
-  }
-  if (t.methods.empty()) {
-    throw ConfigError("--params-from " + file.string() + " has no method");
-  }
-  return t;
-}
 
 }  // namespace kvreplay

@@ -12,7 +12,7 @@
 #include <thread>
 #include <utility>
 
-#include "analysis/tune.hpp"
+#include "analysis/tuned_methods.hpp"
 #include "policies/errors.hpp"
 #include "policies/method.hpp"
 #include "sim/cli/exit.hpp"

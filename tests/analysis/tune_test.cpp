@@ -7,6 +7,9 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "analysis/fidelity.hpp"
+#include "analysis/grain.hpp"
+#include "analysis/tuned_methods.hpp"
 #include "policies/errors.hpp"
 #include "sim/run.hpp"
 #include "traces/synth.hpp"
