@@ -21,10 +21,13 @@ from . import bootstrap
 from .errors import ResultsError, UsageError
 from .results import Results, _stored
 from .results import load as load_results
+from .tables import pooled
 
 ALL = "all"  # the region of all layers and heads
 N_RESAMPLES_QUANTILES = 400  # quantiles are sorted anew in every resample
 NEAR_EDGE = 0.03  # of a range on its scale: an optimum closer to the end may lie beyond it
+COSTS = ("bytes", "attended")
+SAME_COST = 0.02  # relative: more than this is said
 GRAINS = ("global", "layer", "head")
 
 
@@ -263,10 +266,11 @@ def findings(tuned):
     train = Resampled(tuned.train, spec["objective"])
     held = Resampled(tuned.holdout, spec["objective"]) if tuned.holdout else None
     cases = [_case(spec, where, train, held) for where in spec["tuned"]]
+    notes = _notes(spec, train, held) + [note for case in cases for note in _cost_notes(case)]
     return {"format": "kvreplay-tune", "method": spec["method"], "objective": spec["objective"]["text"],
             "params": spec["params"], "n_candidates": len(spec["candidates"]) - 1,
             "n_left_out": len(spec["left_out"]), "n_refused": spec["n_refused"], "rounds": spec["rounds"],
-            "traces": spec["traces"], "holdout": spec["holdout"], "notes": _notes(spec, train, held), "cases": cases}
+            "traces": spec["traces"], "holdout": spec["holdout"], "notes": notes, "cases": cases}
 
 
 def _budgets(where):
@@ -293,7 +297,8 @@ def _notes(spec, train, held):
     notes += [p["why"][0].upper() + p["why"][1:] + "." for p in spec["params"] if p["why"]]
     if spec["heads_share_budget"]:
         notes.append("The heads of a layer share its budget, so values per head were chosen as if the others kept "
-                     "theirs; the held-out gain says what that is worth.")
+                     "theirs; " + ("the held-out gain says what that is worth." if held else
+                                   "their gain is put together in the same way, and only held-out traces can tell it."))
     if spec["left_out"]:
         notes.append(f"{len(spec['left_out'])} of the candidates' runs were left out, the first because "
                      f"{spec['left_out'][0]['why']}.")
@@ -302,6 +307,25 @@ def _notes(spec, train, held):
     notes += [f"At {where['bytes']:.0f} bytes, {where['n_not_reaching']} candidates have no budgets on both sides and "
               "were left out." for where in spec["tuned"] if where.get("n_not_reaching")]
     return notes
+
+
+def _cost(where, results):
+    """{metric: [the method as it is, the chosen]}: what they measured of the cache, means over KV heads and steps."""
+    rows = results.summary[results.summary["metric"].isin(COSTS) & results.summary["budget"].isin(_budgets(where))]
+    means = pooled(rows, ["label", "metric"])["mean"]
+    return {metric: [float(means.get((where[m], metric), math.nan)) for m in ("default", "global")] for metric in COSTS}
+
+
+def _cost_notes(case):
+    """Where the chosen method keeps or attends more than the default, the gain is not at equal cost."""
+    out = []
+    for metric, (base, mine) in case["cost"].items() if not case["bytes"] else ():
+        if mine > (1 + SAME_COST) * base:
+            what = {"bytes": "keeps {:.0f} bytes per KV head where the default keeps {:.0f}",
+                    "attended": "attends {:.0f} tokens where the default attends {:.0f}"}[metric]
+            out.append(f"At budget {case_name(case)} the chosen method {what.format(mine, base)}: the gain is not at equal "
+                       "cost.")
+    return out
 
 
 def _case(spec, where, train, held):
@@ -326,7 +350,8 @@ def _case(spec, where, train, held):
                       **dict(zip(("value", "low", "high"), band(columns)))}
                      for c, columns in zip(candidates, everything)],
            "optimum": _optimum(params, candidates, everything, best, range(len(candidates))),
-           "train_gain": gain(everything[0], everything[best])}
+           "train_gain": gain(everything[0], everything[best]),
+           "cost": _cost(where, (held or train).results)}
     measured = _measured(where, held, spec) if held else _in_sample(where, train, spec)
     out["gain_on"] = "holdout" if held else "train"
     out["gain"] = gain(measured["default"][ALL], measured["global"][ALL])

@@ -286,3 +286,12 @@ def test_places_are_even_on_the_scale():
     assert np.diff(tune.place([1, 10, 100], "log")) == pytest.approx([math.log(10)] * 2)
     assert np.diff(tune.place([0, 1, 3], "log")) == pytest.approx([math.log(2)] * 2)
     assert np.diff(tune.place([1, 2, 3], "lin")) == pytest.approx([1, 1])
+
+
+def test_a_gain_that_costs_more_is_said_to(tuned):
+    assert not any("equal cost" in note for note in tune.findings(tuned)["notes"])
+    rows = tuned.holdout.summary
+    more = (rows["label"] == label("0.7")) & (rows["metric"] == "attended") & (rows["budget"] == "64")
+    rows.loc[more, "mean"] *= 1.5
+    assert "At budget 64 the chosen method attends 96 tokens where the default attends 64: the gain is not at equal " \
+        "cost." in tune.findings(tuned)["notes"]

@@ -219,7 +219,7 @@ def _functions(scale, low, high):
     if scale == "one_minus" and high < 1:
         return (lambda x: -np.log(np.maximum(1 - np.asarray(x, float), 1e-12)), lambda y: 1 - np.exp(-np.asarray(y)))
     if scale == "log" and low > 0:
-        return np.log, np.exp
+        return (lambda x: np.log(np.maximum(np.asarray(x, float), 1e-300))), (lambda y: np.exp(np.asarray(y, float)))
     return (lambda x: np.asarray(x, float)), (lambda y: np.asarray(y, float))
 
 
