@@ -71,6 +71,7 @@ class Tuning {
     open_traces();
     prepare_folder();
     try {
+      make_part();
       if (look() && choose_and_check()) {
         publish();
         return outcome_;
@@ -89,6 +90,9 @@ class Tuning {
   void parse() {
     if (request_.traces.empty()) {
       throw ConfigError("no trace is given; add for example --traces a.h5");
+    }
+    if (request_.holdout_share > 0 && !request_.holdout.empty()) {
+      throw ConfigError("--holdout and --holdout-steps exclude each other: hold out other traces, or the last steps");
     }
     base_ = parse_method(request_.method, read_value_table);
     const std::vector<MethodParam> params = params_of(request_.method, read_value_table);
@@ -135,6 +139,7 @@ class Tuning {
   // The traces' common ground: their model, layers that all have and that can be replayed, decode steps.
   void open_traces() {
     std::set<std::string> hashes;
+    int least = 0;  // decode steps of the shortest trace that is tuned on
     for (const std::vector<fs::path>* paths : {&request_.traces, &request_.holdout}) {
       for (const fs::path& path : *paths) {
         const TraceReader reader(path);
@@ -173,6 +178,7 @@ class Tuning {
         if (!i.content_hash.empty()) {
           hashes.insert(i.content_hash);
         }
+        least = least == 0 ? n_tokens - prompt_len : std::min(least, n_tokens - prompt_len);
         n_steps_ = std::max(n_steps_, n_tokens - prompt_len);
         prompt_len_ = std::max(prompt_len_, prompt_len);
         std::vector<int> common;
@@ -181,6 +187,15 @@ class Tuning {
         common_layers_ = train_layers_.empty() ? layers : common;
         train_layers_.insert(layers.begin(), layers.end());
       }
+    }
+    if (request_.holdout_share > 0) {
+      tuned_steps_ = int((1 - request_.holdout_share) * least) / kBlockSteps * kBlockSteps;
+      if (tuned_steps_ < kBlockSteps || least - tuned_steps_ < kBlockSteps) {
+        throw ConfigError(fmt::format(
+            "--holdout-steps {}: of {} decode steps that leaves less than one block of {} to tune on or to hold out",
+            request_.holdout_share, least, kBlockSteps));
+      }
+      n_steps_ = tuned_steps_;
     }
   }
 
@@ -291,8 +306,7 @@ class Tuning {
                                          : refused_);
     }
     shown_.push_back(int(candidates_.size()));
-    make_part();
-    auto measured = replay(candidates_, {request_.layers, request_.max_steps}, int(rounds_.size()), part_ / "train");
+    auto measured = replay(candidates_, {request_.layers, 0}, int(rounds_.size()), part_ / "train");
     if (measured) {
       measured_ = std::move(*measured);
     }
@@ -317,7 +331,7 @@ class Tuning {
     RunRequest r = run_request(fmt::format("round {} of {}, ", round + 1, rounds_.size() + 1));
     r.traces = request_.traces;
     r.layers = fidelity.layers.empty() ? request_.layers : fidelity.layers;
-    r.max_steps = fidelity.max_steps > 0 ? fidelity.max_steps : request_.max_steps;
+    r.max_steps = fidelity.max_steps > 0 ? fidelity.max_steps : tuned_steps_ > 0 ? tuned_steps_ : request_.max_steps;
     r.out = out;
     if (budgets_.front().empty()) {
       r.budgets.clear();
@@ -441,14 +455,14 @@ class Tuning {
     }
     fs::create_directories(part_ / "params");
     RunRequest holdout = run_request("held out, ");
-    holdout.traces = request_.holdout;
+    holdout.traces = held_out();
     holdout.out = part_ / "holdout";
     add(holdout, base_.label, budgets_);
     Json tuned = Json::array();
     for (const Case& where : cases_) {
       tuned.push_back(choose(where, holdout));
     }
-    if (!request_.holdout.empty()) {
+    if (!holdout.traces.empty()) {
       holdout.layers = layers_to_hold_out();
       if (!done(run(holdout), nullptr)) {
         return false;
@@ -536,7 +550,7 @@ class Tuning {
   std::string nothing_to_choose(const Case& where) const {
     if (objective_.bytes == 0) {
       return "--objective " + objective_.text + ": nothing counted at budget " + where.budgets.front() +
-             "; give a smaller budget, at which something is evicted";
+             "; give a smaller budget, at which something is evicted, or traces that hold what the metric needs";
     }
     double low = 0, high = 0;
     for (const auto& candidate : measured_) {
@@ -593,6 +607,8 @@ class Tuning {
     }
     return with_settings(base_.label, settings);
   }
+
+  const std::vector<fs::path>& held_out() const { return tuned_steps_ > 0 ? request_.traces : request_.holdout; }
 
   // Held-out layers that were tuned; empty where that is what they have anyway.
   std::vector<int> layers_to_hold_out() const {
@@ -673,7 +689,8 @@ class Tuning {
     j["n_refused"] = refused_texts_.size();
     j["refused"] = refused_;
     j["traces"] = stems(request_.traces);
-    j["holdout"] = stems(request_.holdout);
+    j["holdout"] = stems(held_out());
+    j["holdout_from_step"] = tuned_steps_;
     j["n_kv_heads"] = n_kv_heads_;
     j["heads_share_budget"] = base_.allocate.has_value();
     j["seed"] = request_.seed;
@@ -713,6 +730,7 @@ class Tuning {
   std::vector<Case> cases_;
   std::string model_, first_trace_;
   int n_kv_heads_ = 0, n_steps_ = 0;
+  int tuned_steps_ = 0;  // the later ones of the same traces are held out; 0: none of these
   Pos prompt_len_ = 0;
   std::vector<int> common_layers_;               // that all training traces have
   std::set<int> train_layers_, holdout_layers_;  // that some of them have

@@ -12,6 +12,7 @@ namespace kvreplay {
 
 struct TuneRequest {
   std::vector<std::filesystem::path> traces, holdout;  // holdout: nothing is chosen on these
+  double holdout_share = 0;  // or: of the decode steps of `traces`, the last share; nothing is chosen on these
   std::string method;
   std::vector<std::string> params;  // "alpha=0.3:0.995", see Axis::parse
   std::vector<std::string> budgets;

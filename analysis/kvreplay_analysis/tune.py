@@ -62,24 +62,27 @@ def load(folder):
 class Resampled:
     """The objective of a run's methods in every resample. Column 0 of every array is the run itself.
 
-    counts   per trace (n_resamples + 1, n_blocks): how often each block is drawn; the first row is ones
+    counts      per trace (n_resamples + 1, n_blocks): how often each block is drawn; the first row is ones
+    first_step  earlier decode steps do not count: their blocks are never drawn
     """
 
-    def __init__(self, results, objective):
+    def __init__(self, results, objective, first_step=0):
         self.results, self.objective = results, objective
         self.terms = list(objective["terms"])
         if objective["bytes"]:
             self.terms.append({"metric": "bytes", "compensator": "", "statistic": "mean", "weight": 0.0})
         first = results.cells.drop_duplicates("trace")
         self.traces = list(first["trace"])
-        n_blocks = tuple(-(-int(n) // results.block_steps) for n in first["n_steps"])
+        before = first_step // results.block_steps
+        n_blocks = tuple(-(-int(n) // results.block_steps) - before for n in first["n_steps"])
         self.n_blocks = sum(n_blocks)
         quantiles = any(t["statistic"] in ("p50", "p90", "p99") for t in self.terms)
         n = N_RESAMPLES_QUANTILES if quantiles else bootstrap.N_RESAMPLES
         drawn = bootstrap._draws(n_blocks, bootstrap.N_RESAMPLES, bootstrap.SEED)
         if self.n_blocks < 2:  # nothing to draw from: the estimate stands alone
             drawn = [np.empty((0, b)) for b in n_blocks]
-        self.counts = {t: np.vstack([np.ones((1, b)), c[:n]]) for t, b, c in zip(self.traces, n_blocks, drawn)}
+        self.counts = {t: np.pad(np.vstack([np.ones((1, b)), c[:n]]), ((0, 0), (before, 0)))
+                       for t, b, c in zip(self.traces, n_blocks, drawn)}
         self.n_columns = 1 + min(n, len(drawn[0]))
         cells = results.cells
         self.cells_of = {key: list(index) for key, index in cells.groupby(["label", "budget"], sort=False).groups.items()}
@@ -264,13 +267,14 @@ def findings(tuned):
     """What there is to say, as plain dicts and lists: see docs/tune.md for the keys."""
     spec = tuned.spec
     train = Resampled(tuned.train, spec["objective"])
-    held = Resampled(tuned.holdout, spec["objective"]) if tuned.holdout else None
+    held = Resampled(tuned.holdout, spec["objective"], spec["holdout_from_step"]) if tuned.holdout else None
     cases = [_case(spec, where, train, held) for where in spec["tuned"]]
     notes = _notes(spec, train, held) + [note for case in cases for note in _cost_notes(case)]
     return {"format": "kvreplay-tune", "method": spec["method"], "objective": spec["objective"]["text"],
             "params": spec["params"], "n_candidates": len(spec["candidates"]) - 1,
             "n_left_out": len(spec["left_out"]), "n_refused": spec["n_refused"], "rounds": spec["rounds"],
-            "traces": spec["traces"], "holdout": spec["holdout"], "notes": notes, "cases": cases}
+            "traces": spec["traces"], "holdout": spec["holdout"],
+            "holdout_from_step": spec["holdout_from_step"], "notes": notes, "cases": cases}
 
 
 def _budgets(where):
@@ -291,6 +295,9 @@ def _notes(spec, train, held):
     notes = [over(train, "Tuning")]
     if held:
         notes.append(over(held, "Held out"))
+        if spec["holdout_from_step"]:
+            notes.append(f"Held out are later steps of the texts that were tuned on, from decode step "
+                         f"{spec['holdout_from_step']} on: other texts may differ more.")
     else:
         notes.append("No trace was held out: gains are on the data that the values were chosen on, which is "
                      "optimistic; add --holdout with other traces for numbers to cite.")
@@ -524,11 +531,13 @@ def _change_interval(g):
 def text(found):
     """The findings for a terminal."""
     names = _names(found["params"])
-    on = "held-out traces" if found["holdout"] else "the tuning data"
+    first = found["holdout_from_step"]
+    on = "held-out steps" if first else "held-out traces" if found["holdout"] else "the tuning data"
     lines = [f"{found['method']}: {', '.join(names)} among {found['n_candidates']} candidates and the default; the "
              f"smaller {found['objective']}, the better",
-             f"tuned on {', '.join(found['traces'])}" + (f"; held out {', '.join(found['holdout'])}"
-                                                        if found["holdout"] else ""), "",
+             f"tuned on {', '.join(found['traces'])}" + (
+                 f" before decode step {first}, held out from there on" if first else
+                 f"; held out {', '.join(found['holdout'])}" if found["holdout"] else ""), "",
              f"Gain over the default, on {on}"]
     header = ["budget", *(h for n in names for h in (n, "95 % of optima")), "default", "tuned", "gain", "95 %", ""]
     rows = []

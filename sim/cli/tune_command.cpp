@@ -25,6 +25,7 @@ struct Options {
   std::string method, objective = "error_output", layers, memory, out;
   int candidates = 32, prompt_len = 0, max_steps = 0, threads = 0;
   std::int64_t seed = 0;
+  double holdout_steps = 0;
   bool force = false, json = false;
 };
 
@@ -39,6 +40,7 @@ TuneRequest request_of(const Options& o) {
   TuneRequest r;
   r.traces.assign(o.traces.begin(), o.traces.end());
   r.holdout.assign(o.holdout.begin(), o.holdout.end());
+  r.holdout_share = o.holdout_steps;
   r.method = o.method;
   r.params = o.params;
   for (const std::string& list : o.budgets) {
@@ -83,6 +85,8 @@ void add_tune_command(CLI::App& app) {
                        "@bytes=64KiB compares at equal bytes (default: error_output)");
   tune_app->add_option("--traces", o->traces, "Traces that are tuned on (HDF5)")->required();
   tune_app->add_option("--holdout", o->holdout, "Traces on which the gain is measured, of the same model");
+  CLI::Option* holdout_steps = tune_app->add_option(
+      "--holdout-steps", o->holdout_steps, "Or: hold out the last share of the decode steps of --traces, as 0.5");
   CLI::Option* candidates =
       tune_app->add_option("--candidates", o->candidates, "Values tried, beside the method as it is (default: 32)");
   tune_app->add_option("--layers", o->layers, "The model's layer numbers, as 0,4-7 (default: all in the trace)");
@@ -103,6 +107,10 @@ void add_tune_command(CLI::App& app) {
     check_range(max_steps, o->max_steps, 1, 1 << 30);
     check_range(threads, o->threads, 1, 1024);
     check_range(seed, o->seed, 0, std::numeric_limits<std::int64_t>::max());
+    if (holdout_steps->count() > 0 && !(o->holdout_steps > 0 && o->holdout_steps < 1)) {
+      throw ConfigError(
+          fmt::format("--holdout-steps: {} is not allowed, it must be a share above 0 and below 1", o->holdout_steps));
+    }
     if (o->out.empty()) {
       throw ConfigError("--out: the folder's name is empty");
     }

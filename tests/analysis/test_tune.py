@@ -42,7 +42,7 @@ def make_steps(bowl, noise=0.01):
 
 
 def write(folder, monkeypatch, bowl, objective=None, holdout=True, traces=(("story", "m", 64, 700),), budgets=(32, 64),
-          chosen=None, noise=0.01):
+          chosen=None, noise=0.01, first_step=0):
     """A folder as `kvreplay tune` writes it, of a method whose truth is `bowl`."""
     monkeypatch.setattr(fake_results, "_steps", make_steps(bowl, noise))
     objective = objective or {"text": "error_output", "bytes": None, "from_steps": False, "per_head": True, "terms": [
@@ -66,7 +66,7 @@ def write(folder, monkeypatch, bowl, objective=None, holdout=True, traces=(("sto
          "lo": 0.5, "hi": 0.95, "grain": "head", "why": ""}],
         "candidates": [{"method": method_of(a), "values": [a], "round": int(a != "0.97")} for a in ("0.97", *ALPHAS)],
         "rounds": [], "left_out": [], "n_refused": 0, "refused": "", "traces": [t[0] for t in traces],
-        "holdout": ["another"] if holdout else [], "heads_share_budget": False,
+        "holdout": ["another"] if holdout else [], "holdout_from_step": first_step, "heads_share_budget": False,
         "tuned": [{"budgets": b, "default": DEFAULT, **names, "chosen": chosen,
                    **({"bytes": at_bytes, "n_not_reaching": 0} if at_bytes else {})} for b in cases]}
     (folder / "tuned.json").write_text(json.dumps(spec))
@@ -109,10 +109,10 @@ def test_the_estimate_is_the_pooled_mean_of_the_summary(tuned):
             assert point["value"] == pytest.approx((rows["n"] * rows["mean"]).sum() / rows["n"].sum(), rel=1e-12)
 
 
-def slow_means(results, name, budget, choose=None):
+def slow_means(results, name, budget, choose=None, first_block=0):
     """(n_resamples + 1,) means of error_output by loops over the steps themselves; `choose` picks a label by layer and
     KV head."""
-    n_blocks = [-(-int(n) // 64) for n in results.cells.drop_duplicates("trace")["n_steps"]]
+    n_blocks = [-(-int(n) // 64) - first_block for n in results.cells.drop_duplicates("trace")["n_steps"]]
     draws = bootstrap._draws(tuple(n_blocks), bootstrap.N_RESAMPLES, bootstrap.SEED)
     columns = [np.vstack([np.ones((1, b)), d]) for b, d in zip(n_blocks, draws)]
     sums, n = np.zeros(len(columns[0])), np.zeros(len(columns[0]))
@@ -124,8 +124,8 @@ def slow_means(results, name, budget, choose=None):
                                      (results.cells["layer"] == layer) & (results.cells["trace"] == trace)].index[0]
                 means, weights = results.blocks("error_output")[cell][q_head], results.block_weights(cell)
                 for b in range(n_blocks[t]):
-                    sums += columns[t][:, b] * means[b] * weights[b]
-                    n += columns[t][:, b] * weights[b]
+                    sums += columns[t][:, b] * means[first_block + b] * weights[first_block + b]
+                    n += columns[t][:, b] * weights[first_block + b]
     return sums / n
 
 
@@ -295,3 +295,15 @@ def test_a_gain_that_costs_more_is_said_to(tuned):
     rows.loc[more, "mean"] *= 1.5
     assert "At budget 64 the chosen method attends 96 tokens where the default attends 64: the gain is not at equal " \
         "cost." in tune.findings(tuned)["notes"]
+
+
+def test_held_out_steps_are_the_later_ones_alone(tmp_path, monkeypatch):
+    tuned = tune.load(write(tmp_path, monkeypatch, bowl, first_step=256))
+    found = tune.findings(tuned)
+    base, mine = (slow_means(tuned.holdout, m, "64", first_block=4) for m in (DEFAULT, label("0.7")))
+    gain = found["cases"][1]["gain"]
+    assert gain["difference"] == pytest.approx(base[0] - mine[0], rel=1e-9)
+    assert (gain["low"], gain["high"]) == pytest.approx(tuple(np.quantile((base - mine)[1:], [0.025, 0.975])), rel=1e-9)
+    assert any("6 decode blocks" in note for note in found["notes"])
+    assert any("from decode step 256 on" in note for note in found["notes"])
+    assert "held-out steps" in tune.text(found)

@@ -113,6 +113,20 @@ def test_the_default_is_among_the_candidates_and_no_gain_is_below_it_on_the_tuni
         assert case["gain"]["tuned"] == min(c["value"] for c in case["curve"])
 
 
+def test_the_last_steps_can_be_held_out(traces, folder):
+    pytest.importorskip("matplotlib")
+    done = tune(*ALPHA, "--traces", traces[0], "--holdout-steps", "0.5", "--out", folder / "steps", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["holdout_from_step"] == 192
+    assert {r["n"] + r["n_skipped"] for r in rows(folder / "steps" / "train")} == {192}
+    assert {r["n"] + r["n_skipped"] for r in rows(folder / "steps" / "holdout")} == {384}
+    # What was chosen does not know the later steps: the same as of the first half alone.
+    done = tune(*ALPHA, "--traces", traces[0], "--max-steps", 192, "--out", folder / "half", "--json")
+    assert [c["methods"]["global"] for c in json.loads(done.stdout)["cases"]] == \
+        [c["methods"]["global"] for c in found["cases"]]
+
+
 def test_several_parameters_lists_and_engine_keys(traces, folder):
     pytest.importorskip("matplotlib")
     done = tune("-m", "momentkv", "--param", "residual.window=1:16", "--param", "evict=after_attention,before_attention",
@@ -139,6 +153,8 @@ def test_several_parameters_lists_and_engine_keys(traces, folder):
     (("-m", "moment-kv", "--param", "alpha=0.3:0.5", "--candidates", "0"), ("--candidates", "0")),
     (("-m", "moment-kv", "--param", "alpha=0.3:0.5", "--objective", "error@bytes=1KiB"), ("at least two",)),
     (("-m", "snapkv", "--param", "kernel=2,4"), ("kernel=4", "odd")),
+    (("-m", "moment-kv", "--param", "alpha=0.3:0.5", "--holdout-steps", "1"), ("--holdout-steps", "below 1")),
+    (("-m", "moment-kv", "--param", "alpha=0.3:0.5", "--holdout-steps", "0.95"), ("--holdout-steps", "384", "block")),
     (("-m", "moment-kv"), ("--param",)),
 ])
 def test_refused_before_anything_is_made(traces, tmp_path, arguments, words):
@@ -161,6 +177,8 @@ def test_traces_and_folders_that_do_not_go(traces, tmp_path, tuned):
     assert_refused(tune(*alpha, "-b", "24", "--traces", tmp_path / "no.h5", "--out", tmp_path / "out"), 3, "no.h5")
     assert_refused(tune(*alpha, "-b", "24", "--traces", traces[0], "--holdout", traces[0], "--out", tmp_path / "out"), 2,
                    "--holdout")
+    assert_refused(tune(*alpha, "-b", "24", "--traces", traces[0], "--holdout", traces[1], "--holdout-steps", "0.5",
+                        "--out", tmp_path / "out"), 2, "--holdout-steps", "exclude")
     assert_refused(tune(*alpha, "-b", "24", "--traces", traces[0], "--out", tuned), 2, "not empty", "--force")
     other = make(tmp_path / "c.h5", n_tokens=96, n_heads=2, n_kv_heads=1)
     assert_refused(tune(*alpha, "-b", "24", "--traces", traces[0], other, "--out", tmp_path / "out"), 2, "one model")
