@@ -85,7 +85,8 @@ class Resampled:
                        for t, b, c in zip(self.traces, n_blocks, drawn)}
         self.n_columns = 1 + min(n, len(drawn[0]))
         cells = results.cells
-        self.cells_of = {key: list(index) for key, index in cells.groupby(["label", "budget"], sort=False).groups.items()}
+        groups = cells.groupby(["label", "budget"], sort=False).groups
+        self.cells_of = {key: list(index) for key, index in groups.items()}
         self.layers = sorted(set(cells["layer"]))
         self.n_kv_heads = int(cells["n_kv_heads"].max())
 
@@ -137,7 +138,7 @@ class Resampled:
         return between_bytes(np.array(sizes), np.array(values), self.objective["bytes"])
 
     def _rows(self, cell, what, term):
-        """(2, n_rows, n_columns): n * statistic and n of each head in every resample; None where there is no such row."""
+        """(2, n_rows, n_columns): n * statistic and n of each head in every resample; None where there are none."""
         counts = self.counts[what["trace"]]
         if not self.objective["from_steps"] or term["metric"] == "bytes":
             blocks = self.results.blocks(term["metric"], term["compensator"]).get(cell)
@@ -199,7 +200,7 @@ def _quantiles(x, block, counts, share):
 
 
 def between_bytes(sizes, values, wanted):
-    """(n_columns,): values at `wanted` bytes, linear in log bytes between budgets (n_budgets, n_columns); NaN beyond."""
+    """(n_columns,): values at `wanted` bytes, linear in log bytes; NaN beyond. sizes, values (n_budgets, n_columns)."""
     order = np.argsort(sizes, axis=0, kind="stable")
     sizes, values = np.take_along_axis(sizes, order, 0), np.take_along_axis(values, order, 0)
     out = np.full(sizes.shape[1], np.nan)
@@ -259,8 +260,11 @@ def place(values, scale):
     """Values on a parameter's scale: where even steps lie."""
     x = np.asarray(values, float)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return -np.log1p(-x) if scale == "one_minus" else np.log(x) if scale == "log" and np.all(x[np.isfinite(x)] > 0) \
-            else np.log1p(x) if scale == "log" else x
+        if scale == "one_minus":
+            return -np.log1p(-x)
+        if scale == "log":
+            return np.log(x) if np.all(x[np.isfinite(x)] > 0) else np.log1p(x)
+    return x
 
 
 def findings(tuned):
@@ -320,7 +324,8 @@ def _cost(where, results):
     """{metric: [the method as it is, the chosen]}: what they measured of the cache, means over KV heads and steps."""
     rows = results.summary[results.summary["metric"].isin(COSTS) & results.summary["budget"].isin(_budgets(where))]
     means = pooled(rows, ["label", "metric"])["mean"]
-    return {metric: [float(means.get((where[m], metric), math.nan)) for m in ("default", "global")] for metric in COSTS}
+    return {metric: [float(means.get((where[m], metric), math.nan)) for m in ("default", "global")]
+            for metric in COSTS}
 
 
 def _cost_notes(case):
@@ -330,8 +335,8 @@ def _cost_notes(case):
         if mine > (1 + SAME_COST) * base:
             what = {"bytes": "keeps {:.0f} bytes per KV head where the default keeps {:.0f}",
                     "attended": "attends {:.0f} tokens where the default attends {:.0f}"}[metric]
-            out.append(f"At budget {case_name(case)} the chosen method {what.format(mine, base)}: the gain is not at equal "
-                       "cost.")
+            out.append(f"At budget {case_name(case)} the chosen method {what.format(mine, base)}: the gain is not at "
+                       "equal cost.")
     return out
 
 
@@ -359,7 +364,7 @@ def _case(spec, where, train, held):
            "optimum": _optimum(params, candidates, everything, best, range(len(candidates))),
            "train_gain": gain(everything[0], everything[best]),
            "cost": _cost(where, (held or train).results)}
-    measured = _measured(where, held, spec) if held else _in_sample(where, train, spec)
+    measured = _measured(where, held) if held else _in_sample(where, train, spec)
     out["gain_on"] = "holdout" if held else "train"
     out["gain"] = gain(measured["default"][ALL], measured["global"][ALL])
     for grain in ("layer", "head"):
@@ -377,7 +382,8 @@ def _case(spec, where, train, held):
                           **_optimum(params, candidates, np.array(layers[int(layer)]), c, allowed)}
                          for layer, c in chosen["layers"].items()]
     if "heads" in chosen:
-        out["heads"] = [{"layer": int(layer), "kv_head": h, "values": dict(zip(_names(params), candidates[c]["values"]))}
+        out["heads"] = [{"layer": int(layer), "kv_head": h,
+                         "values": dict(zip(_names(params), candidates[c]["values"]))}
                         for layer, of in chosen["heads"].items() for h, c in enumerate(of)]
     return out
 
@@ -423,7 +429,7 @@ def _optimum(params, candidates, columns, best, allowed):
     return out
 
 
-def _measured(where, held, spec):
+def _measured(where, held):
     """{default, global, layer, head: {region: columns}} as they ran on the held-out traces."""
     out = {}
     for grain in ("default", *GRAINS):
@@ -489,8 +495,8 @@ def per_layer(found):
             for name, value in layer["values"].items():
                 interval = layer["interval"].get(name)
                 low, high = interval if isinstance(interval, list) else (math.nan, math.nan)
-                rows.append({"case": case_name(case), "layer": layer["layer"], "param": name, "value": value, "low": low,
-                             "high": high})
+                rows.append({"case": case_name(case), "layer": layer["layer"], "param": name, "value": value,
+                             "low": low, "high": high})
     return pd.DataFrame(rows, columns=["case", "layer", "param", "value", "low", "high"])
 
 

@@ -129,8 +129,8 @@ def test_the_last_steps_can_be_held_out(traces, folder):
 
 def test_several_parameters_lists_and_engine_keys(traces, folder):
     pytest.importorskip("matplotlib")
-    done = tune("-m", "momentkv", "--param", "residual.window=1:16", "--param", "evict=after_attention,before_attention",
-                "--param", "adakv.alpha=0:1", "-b", "32", "--candidates", "12", "--objective",
+    done = tune("-m", "momentkv", "--param", "residual.window=1:16", "--param",
+                "evict=after_attention,before_attention", "--param", "adakv.alpha=0:1", "-b", "32", "--candidates", "12", "--objective",
                 "error_output+0.1*evicted_mass:p90", "--traces", traces[0], "--out", folder / "many", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -165,8 +165,8 @@ def test_refused_before_anything_is_made(traces, tmp_path, arguments, words):
 
 def test_values_above_a_budget_are_left_out_and_counted(traces, tmp_path):
     pytest.importorskip("matplotlib")
-    done = tune("-m", "h2o", "--param", "window=1:5000", "-b", "24", "--candidates", "8", "--traces", traces[0], "--out",
-                tmp_path / "out")
+    done = tune("-m", "h2o", "--param", "window=1:5000", "-b", "24", "--candidates", "8", "--traces", traces[0],
+                "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "were left out" in done.stdout and "more than the budget of 24" in done.stdout
 
@@ -175,8 +175,8 @@ def test_traces_and_folders_that_do_not_go(traces, tmp_path, tuned):
     alpha = ("-m", "moment-kv", "--param", "alpha=0.3:0.5")
     assert_refused(tune(*alpha, "--traces", traces[0], "--out", tmp_path / "out"), 2, "--budget")
     assert_refused(tune(*alpha, "-b", "24", "--traces", tmp_path / "no.h5", "--out", tmp_path / "out"), 3, "no.h5")
-    assert_refused(tune(*alpha, "-b", "24", "--traces", traces[0], "--holdout", traces[0], "--out", tmp_path / "out"), 2,
-                   "--holdout")
+    assert_refused(tune(*alpha, "-b", "24", "--traces", traces[0], "--holdout", traces[0], "--out", tmp_path / "out"),
+                   2, "--holdout")
     assert_refused(tune(*alpha, "-b", "24", "--traces", traces[0], "--holdout", traces[1], "--holdout-steps", "0.5",
                         "--out", tmp_path / "out"), 2, "--holdout-steps", "exclude")
     assert_refused(tune(*alpha, "-b", "24", "--traces", traces[0], "--out", tuned), 2, "not empty", "--force")

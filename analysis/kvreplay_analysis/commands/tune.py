@@ -1,5 +1,7 @@
-"""`kvreplay tune ... --out DIR` ends here, and `python -m kvreplay_analysis tune DIR` repeats it: statistics of what was
-found, as a table, tune.json and figures."""
+"""`kvreplay tune ... --out DIR` ends here, and `python -m kvreplay_analysis tune DIR` repeats it.
+
+Statistics of what was found, as a table, as tune.json and as figures.
+"""
 
 
 def add(commands):

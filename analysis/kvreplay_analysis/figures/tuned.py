@@ -22,8 +22,8 @@ HOW_TO_READ = {
                   "each point; a difference of two points is surer than the bands look, because they share the text. "
                   "The red line is the chosen value, the red area where 95 % of the resampled optima lie, the dashed "
                   "line the method as it is.",
-    "tune_layers": "The best value of each layer with the range of 95 % of its resampled optima; the dashed line is the "
-                   "one best value for all layers. Ranges that hold the line give no reason for a value per layer.",
+    "tune_layers": "The best value of each layer with the range of 95 % of its resampled optima; the dashed line is "
+                   "the one best value for all layers. Ranges that hold the line give no reason for a value per layer.",
     "tune_heads": "The best value of each KV head of each layer on the training traces.",
 }
 
@@ -76,7 +76,7 @@ def _limits(axis, values):
 
 @paper
 def draw_curve(found, style="double", param=None):
-    """One panel per case. With several parameters: against one of them, the best of the others at each value in bold."""
+    """One panel per case. With several parameters: points against one of them, whatever the others are."""
     names = [p["name"] for p in found["params"]]
     i = names.index(param) if param else 0
     p = found["params"][i]
