@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <ctime>
-#include <exception>
 
 #include "sim/checkpoints.hpp"
 #include "sim/measure.hpp"
+#include "sim/parallel.hpp"
 #include "sim/set.hpp"
 
 namespace kvreplay {
@@ -29,26 +29,6 @@ struct Running {
   std::unique_ptr<HeadErrors> errors;
   std::vector<double> seconds;  // per set
 };
-
-// Runs tasks on a team of threads. No exception may leave a parallel region: the first one is thrown after it.
-template <class Task>
-void parallel(int n, int threads, Task task) {
-  std::exception_ptr first;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int i = 0; i < n; ++i) {
-    try {
-      task(i);
-    } catch (...) {
-#pragma omp critical(kvreplay_first_exception)
-      if (!first) {
-        first = std::current_exception();
-      }
-    }
-  }
-  if (first) {
-    std::rethrow_exception(first);
-  }
-}
 
 class Replay {
  public:

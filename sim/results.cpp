@@ -244,6 +244,16 @@ void ResultsWriter::add(const CellId& id, const CellResult& cell, const std::vec
   n_steps_.push_back(cell.n_steps);
 }
 
+void ResultsWriter::add_heads(const std::string& trace, int layer, const HeadStatistics& heads) {
+  const hdf5::Group of_trace = child(child(storage_->file.root(), "heads"), safe_path(trace));
+  const hdf5::Group group = of_trace.create_group(fmt::format("{:03}", layer));
+  const auto columns = heads.columns();
+  for (std::size_t i = 0; i < columns.size(); ++i) {
+    group.create(std::string(HeadStatistics::kNames[i]), hdf5::Type::f64, {columns[i]->size()})
+        .write(hdf5::bytes_of(*columns[i]));
+  }
+}
+
 void ResultsWriter::publish(const std::string& run_json) {
   const hdf5::Group cells = storage_->file.root().create_group("cells");
   const auto texts = [&](const char* name, auto of) {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "sim/head_statistics.hpp"
 #include "sim/replay.hpp"
 
 namespace kvreplay {
@@ -39,6 +40,8 @@ class ResultsWriter {
   ResultsWriter(const std::filesystem::path& folder, Detail);
   ~ResultsWriter();  // unpublished: leaves no file behind
   void add(const CellId&, const CellResult&, const std::vector<int>& output_steps, int v_head_dim);
+  // Where a layer's heads look: once for each layer of each trace.
+  void add_heads(const std::string& trace, int layer, const HeadStatistics&);
   int n_cells() const { return int(cells_.size()); }
   // run_json: the text of run.json.
   void publish(const std::string& run_json);

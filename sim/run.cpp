@@ -303,20 +303,23 @@ class Run {
     return needs.prompt_queries == Needs::kAll ? 0 : std::max<Pos>(0, prompt_len - needs.prompt_queries);
   }
 
+  // What a compensator remembers beside one set of slots.
+  static double state_bytes(const Input& input, const PartUse& compensator) {
+    const TraceInfo& info = input.reader.info();
+    const SetShape shape{.head_dim = info.head_dim,
+                         .v_head_dim = info.v_head_dim,
+                         .n_tokens = input.n_tokens,
+                         .prompt_len = input.prompt_len,
+                         .budget = 1,
+                         .scores = {},
+                         .evicted_at = {}};
+    return compensator.info->compensate(compensator.config(input.layers[0]).get(), shape)->state_bytes();
+  }
+
   static int tokens(const Input& input, const Method& m, const Budget& budget, Scope scope) {
     const TraceInfo& info = input.reader.info();
     const double slot = (info.element == ElementType::f32 ? 4.0 : 2.0) * (info.head_dim + info.v_head_dim);
-    double state = 0;
-    if (m.compensate) {
-      SetShape shape{.head_dim = info.head_dim,
-                     .v_head_dim = info.v_head_dim,
-                     .n_tokens = input.n_tokens,
-                     .prompt_len = input.prompt_len,
-                     .budget = 1,
-                     .scores = {},
-                     .evicted_at = {}};
-      state = m.compensate->info->compensate(m.compensate->config(input.layers[0]).get(), shape)->state_bytes();
-    }
+    const double state = m.compensate ? state_bytes(input, *m.compensate) : 0;
     return budget.tokens(input.prompt_len, slot, state, scope == Scope::query_head ? info.group_size : 1);
   }
 
@@ -430,6 +433,9 @@ class Run {
       }
     }
     const Layer data = load_layer(input.reader, layer, load);
+    if (writer_) {
+      writer_->add_heads(info.stem, layer, head_statistics(data, request_.threads));
+    }
     const std::string what = fmt::format("{} layer {}", info.stem, layer);
 
     ReplayOptions options{.metrics = request_.metrics,
@@ -577,10 +583,11 @@ class Run {
       for (const auto& [layer, reason] : input->skipped) {
         skipped.push_back({{"layer", layer}, {"reason", reason}});
       }
-      json compensators = json::array();
+      json compensators = json::array(), state = json::object();
       for (const PartUse& c : compensators_) {
         if (info.logit_softcap == 0) {
           compensators.push_back(canonical(c));
+          state[canonical(c)] = state_bytes(*input, c);
         }
       }
       j["traces"].push_back({{"path", info.path.string()},
@@ -595,11 +602,13 @@ class Run {
                              {"prompt_len", input->prompt_len},
                              {"element", name_of(info.element)},
                              {"head_dim", info.head_dim},
+                             {"v_head_dim", info.v_head_dim},
                              {"n_heads", info.n_heads},
                              {"n_kv_heads", info.n_kv_heads},
                              {"layers", input->layers},
                              {"layers_skipped", skipped},
-                             {"compensators", compensators}});
+                             {"compensators", compensators},
+                             {"state_bytes", state}});
     }
     for (const auto& m : methods_) {
       const Preset* preset = find_preset(m->preset);

@@ -9,12 +9,12 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
+#include "trace_capture/json.hpp"
 #include "traces/schema.hpp"
 
 namespace kvreplay {
@@ -23,20 +23,9 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
-constexpr int kMaxDepth = 64;  // of a model's configuration; deeper is an attack on the stack
 constexpr std::size_t kMaxTextBytes = std::size_t{16} << 20;
 
 [[noreturn]] void refuse(const std::string& sentence) { throw ConfigError("meta_json: " + sentence); }
-
-// A value as an error shows it.
-std::string shown(const Json& value) {
-  std::string text = value.dump(-1, ' ', true);
-  if (text.size() > 48) {
-    text.resize(45);
-    text += "...";
-  }
-  return text;
-}
 
 void check_text(const std::string& text, const std::string& name) {
   if (text.find('\0') != std::string::npos) {
@@ -57,8 +46,8 @@ class Fields {
     }
     for (const auto& item : json_.items()) {
       if (std::find(known.begin(), known.end(), item.key()) == known.end()) {
-        refuse(fmt::format("unknown key {}; the nearest is {}, and allowed are {}", name_of_key(shown(item.key())),
-                           nearest(item.key(), known), fmt::join(known, ", ")));
+        refuse(fmt::format("unknown key {}; the nearest is {}, and allowed are {}",
+                           name_of_key(shown(Json(item.key()))), nearest(item.key(), known), fmt::join(known, ", ")));
       }
     }
   }
@@ -185,31 +174,6 @@ class Fields {
 bool positive(double value) { return value > 0; }
 bool not_negative(double value) { return value >= 0; }
 
-Json parse(std::string_view text) {
-  // The parser keeps the last of two equal keys and nests as deep as it is told to.
-  std::vector<std::set<std::string>> keys;
-  const auto watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
-    if (depth > kMaxDepth) {
-      refuse(fmt::format("it is nested deeper than {} levels", kMaxDepth));
-    }
-    if (event == Json::parse_event_t::object_start) {
-      keys.emplace_back();
-    } else if (event == Json::parse_event_t::object_end) {
-      keys.pop_back();
-    } else if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second) {
-      refuse("the key " + shown(parsed) + " is given twice");
-    }
-    return true;
-  };
-  try {
-    return Json::parse(text, watch);
-  } catch (const Json::parse_error& error) {
-    refuse(fmt::format("it is not JSON: it cannot be read on from byte {} of {}", error.byte, text.size()));
-  } catch (const Json::exception&) {
-    refuse("it is not JSON: it holds a number that is out of range");
-  }
-}
-
 void read_model(const Json& json, TraceInfo& info) {
   const Fields model(
       json, "model",
@@ -257,7 +221,7 @@ void read_rope(const Json& json, int head_dim, Rope& rope) {
   rope.style = fields.text("style", schema::kStyleHalf);
   if (rope.style != schema::kStyleHalf && rope.style != schema::kStyleInterleaved) {
     const std::vector<std::string> styles = {schema::kStyleHalf, schema::kStyleInterleaved};
-    refuse(fmt::format("rope.style is {}, but must be half or interleaved; the nearest is {}", shown(rope.style),
+    refuse(fmt::format("rope.style is {}, but must be half or interleaved; the nearest is {}", shown(Json(rope.style)),
                        nearest(rope.style, styles)));
   }
   rope.inv_freq = fields.reals("inv_freq", "a finite number from 0", not_negative);
@@ -313,7 +277,7 @@ std::vector<Pos> read_queries(const std::string& text, Pos prompt_len, Pos capac
   }
   const std::vector<std::string> allowed = {"all", "decode", "window:N"};
   refuse(fmt::format("queries is {}, but must be all, decode or window:N with N from 0 to {}; the nearest is {}",
-                     shown(text), kInt32Max, nearest(text, allowed)));
+                     shown(Json(text)), kInt32Max, nearest(text, allowed)));
 }
 
 std::vector<Pos> read_outputs(const Fields& fields, Pos capacity) {
@@ -348,7 +312,7 @@ std::vector<Span> read_spans(const Fields& fields, Pos capacity) {
 }  // namespace
 
 TraceRequest read_meta(std::string_view json) {
-  const Json parsed = parse(json);
+  const Json parsed = parse_object(json, "meta_json", Names::unique);
   const Fields fields(parsed, "",
                       {"model", "rope", "prompt_len", "capacity", "layers", "element", "queries", "outputs", "logprobs",
                        "spans", "generator", "provenance"});
@@ -370,7 +334,7 @@ TraceRequest read_meta(std::string_view json) {
     info.element = element_type_of(element);
   } catch (const std::invalid_argument&) {
     const std::vector<std::string> allowed = {"f16", "bf16", "f32"};
-    refuse(fmt::format("element is {}, but must be f16, bf16 or f32; the nearest is {}", shown(element),
+    refuse(fmt::format("element is {}, but must be f16, bf16 or f32; the nearest is {}", shown(Json(element)),
                        nearest(element, allowed)));
   }
   info.spans = read_spans(fields, request.capacity);

@@ -25,4 +25,19 @@ void check_pass(std::span<const std::int32_t> ids, Pos n_past, Pos max_pass, Pos
   check_vocabulary(ids, vocab);
 }
 
+void check_logits_of(Pos row, std::size_t n_out, Pos n_last, int vocab) {
+  if (row < 0 || row >= n_last || n_out != static_cast<std::size_t>(vocab)) {
+    throw std::invalid_argument(
+        fmt::format("logits of row {} into {} values: the last pass has {} rows of {}", row, n_out, n_last, vocab));
+  }
+}
+
+void check_scored(std::span<const std::int32_t> next, std::size_t n_out, Pos n_last, int vocab) {
+  if (next.size() != n_out || next.size() > static_cast<std::size_t>(n_last)) {
+    throw std::invalid_argument(fmt::format("log-probabilities of {} tokens into {} values: the last pass has {} rows",
+                                            next.size(), n_out, n_last));
+  }
+  check_vocabulary(next, vocab);
+}
+
 }  // namespace kvreplay

@@ -3,11 +3,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <fstream>
 #include <nlohmann/json.hpp>
-#include <system_error>
 
 #include "policies/errors.hpp"
+#include "trace_capture/json.hpp"
 #include "trace_capture/text/added_tokens.hpp"
 #include "trace_capture/text/bpe.hpp"
 #include "trace_capture/text/decode.hpp"
@@ -21,46 +20,13 @@ namespace {
 
 using text::Node;
 
-std::string read_file(const std::filesystem::path& path) {
-  constexpr std::uintmax_t kLargest = std::uintmax_t{256} << 20;  // the largest public ones have 40 MB
-  std::error_code failed;
-  if (!std::filesystem::is_regular_file(path, failed)) {
-    throw ConfigError(fmt::format(
-        "{}: no such file; a prompt as text needs it, or pass token ids with --tokens instead", path.string()));
-  }
-  const std::uintmax_t size = std::filesystem::file_size(path, failed);
-  if (!failed && size > kLargest) {
-    throw ConfigError(
-        fmt::format("{}: {} bytes are too many for a tokenizer (at most {}); pass token ids with --tokens instead",
-                    path.string(), size, kLargest));
-  }
-  std::string bytes(failed ? 0 : static_cast<std::size_t>(size), '\0');
-  std::ifstream file(path, std::ios::binary);
-  file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-  if (failed || !file) {
-    throw ConfigError(fmt::format("{}: cannot be read; pass token ids with --tokens instead", path.string()));
-  }
-  return bytes;
-}
-
-nlohmann::json parse(const std::string& bytes, const std::string& path) {
-  constexpr int kDeepest = 64;
-  const auto refuse = [&path](const std::string& what) {
-    throw ConfigError(fmt::format("{}: {}; pass token ids with --tokens instead", path, what));
-  };
+nlohmann::json read_json(const std::filesystem::path& path) {
+  constexpr std::uint64_t kLargest = std::uint64_t{256} << 20;  // the largest public ones have 40 MB
   try {
-    return nlohmann::json::parse(bytes, [&](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-      if (depth > kDeepest) {
-        refuse(fmt::format("values are nested deeper than {}", kDeepest));
-      }
-      return true;
-    });
-  } catch (const nlohmann::json::parse_error& error) {
-    refuse(fmt::format("not JSON from byte {} on", error.byte == 0 ? 0 : error.byte - 1));
-  } catch (const nlohmann::json::out_of_range& error) {
-    refuse("a number is too large");
+    return parse_object(read_text(path, kLargest), path.string());
+  } catch (const ConfigError& error) {
+    throw ConfigError(fmt::format("{}; pass token ids with --tokens instead", error.what()));
   }
-  return {};
 }
 
 // What the post-processor puts around the ids of a text.
@@ -153,9 +119,9 @@ struct Tokenizer::State {
 };
 
 Tokenizer::Tokenizer(const std::filesystem::path& folder) {
-  const std::string path = (folder / "tokenizer.json").string();
-  const nlohmann::json json = parse(read_file(path), path);
-  state_ = std::make_unique<State>(Node(json, path, ""));
+  const std::filesystem::path path = folder / "tokenizer.json";
+  const nlohmann::json json = read_json(path);
+  state_ = std::make_unique<State>(Node(json, path.string(), ""));
 }
 
 Tokenizer::~Tokenizer() = default;

@@ -9,7 +9,8 @@
 import importlib
 
 _WHERE = {"Absent": "errors", "ResultsError": "errors", "UsageError": "errors", "Results": "results", "load": "results",
-          "configurations": "tables", "figures": None, "tune": None}
+          "configurations": "tables", "compare": None, "figures": None, "latency": None, "league": None,
+          "ranks": None, "taxonomy": None, "tune": None}
 __all__ = list(_WHERE)
 
 

@@ -28,6 +28,26 @@ def totals(results, metrics):
     return list(per_trace.values())
 
 
+def paired_totals(a, b, pairs, metric, against=None):
+    """Additive sums per trace of two sides that were measured on the same steps: list of arrays (n_blocks, 3) with the
+    sum of A, the sum of B and the head-steps counted, for `interval` with `difference` or `relative_difference`.
+
+    a, b     Results; may be the same
+    pairs    [(cell of a, cell of b)]: the cells that stand against each other; both of one trace
+    metric   (metric, compensator) of A; `against` that of B, the same if it is not given
+
+    Both sides are summed over the same head-blocks (those where both counted) and are drawn together, so what they
+    share, such as a hard passage of the text, is in both and cancels.
+    """
+    left, right = a.blocks(*metric), b.blocks(*(against or metric))
+    per_trace = {}
+    for one, other in pairs:
+        if one in left and other in right:
+            add(per_trace, a.cells.at[one, "trace"],
+                block_sums([left[one], right[other]], a.block_weights(one)))
+    return list(per_trace.values())
+
+
 def block_sums(values, weights):
     """(n_blocks, len(values) + 1): sums over heads of arrays (n_rows, n_blocks), weighted by steps; then the count."""
     counted = np.isfinite(values[0])
@@ -45,6 +65,18 @@ def mean(sums):
     """First metric's mean over all counted head-steps; sums (..., n_metrics + 1)."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums[..., 0] / sums[..., -1]
+
+
+def difference(sums):
+    """Mean of the first less mean of the second, over the head-steps where both counted; sums (..., 3)."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums[..., 0] - sums[..., 1]) / sums[..., -1]
+
+
+def relative_difference(sums):
+    """The same as a share of the second's mean: -0.1 where the first is a tenth lower."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums[..., 0] - sums[..., 1]) / sums[..., 1]
 
 
 def removed_share(sums):

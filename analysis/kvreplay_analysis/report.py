@@ -12,15 +12,16 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from . import figures
+from . import details, figures, findings
 from .errors import Absent, UsageError
 from .results import GROUPS
-from .style import compensator_title, looks, plt, shown_name, to_bytes
+from .style import compensator_look, compensator_title, looks, plotly_marker, plt, shown_name, to_bytes
 from .tables import configurations, not_pinned
 
 PAGE = Path(__file__).parent / "page"
 N_TRACES_ALONE = 12    # more traces than this are shown pooled only
-N_POINTS_PAGE = 90000  # scatter points in the whole page
+N_POINTS_PAGE = 60000  # scatter points in the whole page
+PAGE_BYTES = 14_500_000  # what the page may weigh; details of single heads are embedded for as long as there is room
 
 OPEN_LOOP = ("Replay is open-loop (teacher-forced): queries come from the uncompressed run, so errors do not compound "
              "across layers and steps.")
@@ -88,41 +89,79 @@ def write(results, out=None):
     return out
 
 
-def page(results, chosen=None, files=None):
+def page(results, chosen=None, files=None, page_bytes=PAGE_BYTES):
     """The page as text."""
-    from plotly.offline import get_plotlyjs
-
     chosen = chosen or scopes(results)
-    look = looks(results)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.filters["number"] = number
-    environment.filters["exact"] = exact
-    environment.filters["text"] = as_text
-    environment.filters["breakable"] = breakable
-    first_cells = results.cells.drop_duplicates("label")
-    methods = [{"label": m.label, "shown": shown_name(m.label, m.foresight), "method": m.method, "group": m.group,
-                "foresight": m.foresight, "colour": look[m.label].colour} for m in first_cells.itertuples()]
+    environment.filters.update(number=number, exact=exact, text=as_text, breakable=breakable, share=share)
+    methods = _methods(results)
+    listing = [{"name": name, "title": module.TITLE, "how": module.HOW_TO_READ, "by_budget": module.BY_BUDGET,
+                "of_a_head": figures.of_a_head(module)} for name, module in figures.ALL.items()]
+    blobs = {"plotly": _packed_text(_plotly()), **_blobs(chosen)}
+    shown = {"run": results.run, "results": results, "groups": GROUPS, "methods": methods,
+             "colours": {m["label"]: m["colour"] for m in methods},
+             "open_loop": results.run.get("open_loop") or OPEN_LOOP, "figures": listing, "files": files or {},
+             "scopes": [_scope(title, scope) for title, scope in chosen], "compensators": results.compensators,
+             "compensator_title": compensator_title, "not_pinned": not_pinned(results), "traces": _traces(results),
+             "css": (PAGE / "report.css").read_text(encoding="utf-8"),
+             "js": (PAGE / "report.js").read_text(encoding="utf-8"),
+             "failed": [as_text(f) for f in results.run.get("failed") or []], "state_pairs": _state_pairs(results),
+             "default_budget": chosen[0][1].default_budget}
+    template = environment.get_template("report.html")
+
+    def rendered(more, held):
+        meta = {"methods": methods, "figures": listing, "file": results.folder.resolve().name, "held": held,
+                "compensators": {c: {"colour": compensator_look(c)[0], "symbol": plotly_marker(compensator_look(c)[1]),
+                                     "title": compensator_title(c)} for c in results.compensators},
+                "scopes": [{"title": title, "budgets": scope.budgets, "default_budget": scope.default_budget,
+                            "traces": scope.traces} for title, scope in chosen]}
+        return template.render(**shown, meta=_json(meta), blobs={**blobs, **more})
+
+    room = page_bytes - len(rendered({}, "").encode())
+    more, full = details.pack(results, _packed, room)
+    return rendered(more, details.sentence(results, more, full))
+
+
+def _methods(results):
+    """What is said of each method."""
+    look = looks(results)
     described = {m.get("label"): m for m in results.run.get("methods", []) if isinstance(m, dict)}
-    for m in methods:
-        m["paper"] = as_text(described.get(m["label"], {}).get("paper"))
-        m["deviation"] = as_text(described.get(m["label"], {}).get("deviation"))
-    listing = [{"name": name, "title": module.TITLE, "how": module.HOW_TO_READ, "by_budget": module.BY_BUDGET}
-               for name, module in figures.ALL.items()]
-    meta = {"methods": methods, "figures": listing, "file": results.folder.resolve().name,
-            "scopes": [{"title": title, "budgets": scope.budgets, "default_budget": scope.default_budget}
-                       for title, scope in chosen]}
-    return environment.get_template("report.html").render(
-        run=results.run, results=results, groups=GROUPS, methods=methods, colours={m["label"]: m["colour"]
-                                                                                  for m in methods},
-        open_loop=results.run.get("open_loop") or OPEN_LOOP, figures=listing, files=files or {},
-        scopes=[{"title": title, "tables": _tables(scope)} for title, scope in chosen],
-        compensators=results.compensators, compensator_title=compensator_title, first=meta["scopes"][0],
-        not_pinned=not_pinned(results), traces=_traces(results),
-        css=(PAGE / "report.css").read_text(encoding="utf-8"), js=(PAGE / "report.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs().replace("</script", "<\\/script"), meta=_json(meta),
-        blobs=_blobs(chosen), failed=[as_text(f) for f in results.run.get("failed") or []],
-        state_pairs=_state_pairs(results))
+    out = []
+    for m in results.cells.drop_duplicates("label").itertuples():
+        said = described.get(m.label, {})
+        out.append({"label": m.label, "shown": shown_name(m.label, m.foresight), "method": m.method, "group": m.group,
+                    "foresight": m.foresight, "colour": look[m.label].colour, "paper": as_text(said.get("paper")),
+                    "deviation": as_text(said.get("deviation"))})
+    return out
+
+
+def _scope(title, scope):
+    """What the page says of the traces that are pooled together: findings, league, tables."""
+    table = configurations(scope)
+    leagues = {equal: _league(scope, equal) for equal in ("tokens", "bytes")}
+    found, at_bytes = findings.best(leagues["tokens"]), findings.best(leagues["bytes"], compensated=True)
+    foresight = dict(zip(table["label"], table["foresight"]))
+    words = findings.sentences(scope, table, found, at_bytes, number=lambda v: number(v, 3),
+                               shown=lambda label: shown_name(label, foresight.get(label, "none")))
+    return {"title": title, "findings": words, "best": found.to_dict("records"),
+            "league": {equal: frame.to_dict("records") for equal, frame in leagues.items()}, "tables": _tables(table)}
+
+
+def _league(scope, equal):
+    """The league at equal tokens or bytes; empty where the run has nothing to rank."""
+    from .league import league
+
+    try:
+        return league(scope, at=equal)
+    except Absent:
+        return pd.DataFrame()
+
+
+def _plotly():
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()
 
 
 def _json(value):
@@ -139,6 +178,8 @@ def _blobs(chosen):
     blobs = {}
     for i, (_, scope) in enumerate(chosen):
         for name, module in figures.ALL.items():
+            if figures.of_a_head(module):
+                continue
             for b, budget in enumerate((scope.budgets or [""]) if module.BY_BUDGET else [None]):
                 blobs[f"{i}/{b}/{name}"] = _packed(_one(module, scope, budget, n_points.get(name)))
     return blobs
@@ -146,7 +187,8 @@ def _blobs(chosen):
 
 def _one(module, scope, budget, n_points):
     try:
-        shown = scope.only(budget=budget) if budget is not None else scope
+        whole = budget is None or getattr(module, "SEES_ALL_BUDGETS", False)
+        shown = scope if whole else scope.only(budget=budget)
         frames = module.data(shown, budget, **({"n_points": n_points} if n_points else {}))
         return {"variants": module.interactive(shown, frames), "note": module.note(shown, frames),
                 "csv": {part: frame.to_csv(index=False, float_format="%.6g", lineterminator="\r\n")
@@ -156,7 +198,10 @@ def _one(module, scope, budget, n_points):
 
 
 def _packed(value):
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _packed_text(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+
+
+def _packed_text(text):
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
@@ -171,9 +216,8 @@ def _state_pairs(results):
     return out
 
 
-def _tables(scope):
+def _tables(table):
     """[(group, its rows)] for the groups that have any, in the report's order."""
-    table = configurations(scope)
     order = [*GROUPS, *sorted(set(table["group"]) - set(GROUPS))]
     return [(group, table[table["group"] == group].to_dict("records")) for group in order
             if (table["group"] == group).any()]
@@ -193,7 +237,7 @@ def _traces(results):
             "architecture": as_text(trace.get("architecture")),
             "provenance": as_text(trace.get("provenance") or trace.get("generator")), "n_tokens": as_text(n_tokens),
             "prompt_len": as_text(prompt_len), "decode": decode, "element": as_text(trace.get("element")),
-            "layers": as_text(trace.get("layers")), "hash": as_text(trace.get("content_hash")),
+            "layers": as_text(trace.get("layers")), "n_layers": results.cells.loc[results.cells["trace"] == trace.get("stem"), "layer"].nunique(), "hash": as_text(trace.get("content_hash")),
             "skipped": "; ".join(f"{s.get('layer')}: {s.get('reason')}" if isinstance(s, dict) else str(s)
                                  for s in skipped)})
     return out
@@ -226,9 +270,18 @@ def number(value, digits=4):
         return f"{value:,.0f}".replace(",", "\u2009")
     if abs(value) < 1e-4:
         return f"{value:.2e}"
-    return f"{value:#.{digits}g}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def share(value):
+    """A share for reading: 41 %; an en dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.1f} %".replace("-", "−")
 
 
 def exact(value):
     """The same number for sorting and for reading by programs."""
-    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else repr(float(value))
+    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return repr(float(value))

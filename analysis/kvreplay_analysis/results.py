@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from .errors import ResultsError, UsageError, nearest
+from .errors import Absent, ResultsError, UsageError, nearest
 
 GROUPS = {"evictable": "Prompt evictable", "pinned": "Prompt pinned (pool=decode)", "selection": "Per-step selection"}
 
@@ -20,6 +20,7 @@ SUMMARY_COLUMNS = ["trace", "layer", "kv_head", "q_head", "method", "label", "bu
                    "metric", "n", "n_skipped", *SUMMARY_NUMBERS]
 CELL_COLUMNS = ["trace", "layer", "method", "label", "budget", "budget_tokens", "foresight", "group", "compensators",
                 "compensator_acting", "n_steps", "prompt_len", "n_heads", "n_kv_heads", "group_size"]
+HEAD_STATISTICS = ["sink", "local", "far", "entropy", "concentration"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Results:
     summary: pd.DataFrame
     cells: pd.DataFrame
     block_steps: int
+    kept_heads: dict = None  # {(trace, layer): bool (n_heads,)}; None: all heads
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -80,8 +82,31 @@ class Results:
 
         return sorted(seen, key=order)
 
-    def only(self, trace=None, layer=None, budget=None, label=None, group=None):
-        """The same run with fewer cells. Methods without a budget stay whatever budget is asked for."""
+    @property
+    def heads(self):
+        """Where each query head looks in the uncompressed cache: one row per trace, layer, kv_head and q_head, with
+        sink, local, far, entropy and concentration (docs/results.md). Absent in results of older versions."""
+        rows = []
+        with self._file() as file:
+            if "heads" not in file:
+                raise Absent(f"{self.folder} does not say where its heads look: it was written by an older kvreplay, "
+                             "run it again")
+            cells = self.cells.drop_duplicates(["trace", "layer"])
+            for trace, layer, group_size in zip(cells["trace"], cells["layer"], cells["group_size"]):
+                at = f"heads/{_stored(trace)}/{layer:03d}"
+                if at not in file:
+                    raise ResultsError(f"{self.folder / 'results.h5'}: /{at} is missing")
+                group = file[at]
+                columns = {name: group[name][()] for name in HEAD_STATISTICS}
+                q_head = np.arange(len(columns["sink"]))
+                rows.append(pd.DataFrame({"trace": trace, "layer": int(layer), "kv_head": q_head // group_size,
+                                          "q_head": q_head, **columns}))
+        return pd.concat(rows, ignore_index=True)
+
+    def only(self, trace=None, layer=None, budget=None, label=None, group=None, head_type=None):
+        """The same run with fewer cells. Methods without a budget stay whatever budget is asked for. With head_type
+        (sink, local, retrieval or diffuse, see taxonomy.py) rows of other heads are left out: of KV heads those that
+        serve none of this type, and what is measured of a whole layer."""
         cells, summary = self.cells, self.summary
         for column, wanted in (("trace", trace), ("layer", layer), ("label", label), ("group", group)):
             if wanted is None:
@@ -101,7 +126,27 @@ class Results:
         key = ["trace", "layer", "label", "budget"]
         kept = pd.MultiIndex.from_frame(cells[key])
         summary = summary[pd.MultiIndex.from_frame(summary[key]).isin(kept)]
-        return replace(self, cells=cells, summary=summary)
+        fewer = replace(self, cells=cells, summary=summary)
+        return fewer if head_type is None else fewer._of_type(head_type)
+
+    def _of_type(self, head_type):
+        from .taxonomy import TYPES, types
+
+        if head_type not in TYPES:
+            raise UsageError(f"head type {head_type} is none of {', '.join(TYPES)}{nearest(head_type, TYPES)}")
+        found = types(self)
+        mine = found[found["head_type"] == head_type]
+        if mine.empty:
+            raise Absent(f"no head of {self.folder} is of type {head_type}; there are "
+                         f"{', '.join(t for t in TYPES if (found['head_type'] == t).any())}")
+        kept = {at: np.asarray(rows["head_type"] == head_type) for at, rows in found.groupby(["trace", "layer"])}
+        if self.kept_heads is not None:
+            kept = {key: mask & self.kept_heads[key] for key, mask in kept.items()}
+        summary, at = self.summary, ["trace", "layer", "q_head"]
+        on_q = pd.MultiIndex.from_frame(summary[at]).isin(pd.MultiIndex.from_frame(mine[at]))
+        at[-1] = "kv_head"
+        on_kv = pd.MultiIndex.from_frame(summary[at]).isin(pd.MultiIndex.from_frame(mine[at]))
+        return replace(self, summary=summary[on_q | (on_kv & (summary["q_head"] < 0))], kept_heads=kept)
 
     def with_cells(self, chosen):
         """The same run with the cells where `chosen` (bool, one per cell) holds; the summary stays whole."""
@@ -169,7 +214,16 @@ class Results:
                 for cell in missing:
                     at = f"{kind}/{cell:06d}/{name}"
                     arrays[cell] = file[at][()] if at in file else None
-        return {c: arrays[c] for c in self.cells.index if arrays[c] is not None}
+        found = {c: arrays[c] for c in self.cells.index if arrays[c] is not None}
+        return found if self.kept_heads is None else {c: self._masked(c, a) for c, a in found.items()}
+
+    def _masked(self, cell, values):
+        """Rows of heads that are left out become NaN: not counted, by whatever follows."""
+        what = self.cells.loc[cell]
+        heads = self.kept_heads[(what["trace"], what["layer"])]
+        rows = (heads if len(values) == len(heads) else
+                heads.reshape(len(values), -1).any(axis=1) if len(values) == what["n_kv_heads"] else [False])
+        return np.where(np.reshape(rows, (-1, 1)), values, np.nan)
 
     def _read(self, at, read=lambda item: item[()]):
         with self._file() as file:

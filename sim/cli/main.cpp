@@ -10,6 +10,7 @@
 
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
+#include "sim/cli/compare_command.hpp"
 #include "sim/cli/exit.hpp"
 #include "sim/cli/policies_command.hpp"
 #include "sim/cli/report_command.hpp"
@@ -65,6 +66,7 @@ int main(int argc, char** argv) {
   add_run_command(app);
   add_policies_command(app);
   add_tune_command(app);
+  add_compare_command(app);
   add_report_command(app);
   add_trace_commands(app);
   try {

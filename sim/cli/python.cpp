@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <CLI/CLI.hpp>
 #include <cerrno>
 #include <cstdlib>
 #include <filesystem>
@@ -25,7 +26,7 @@ std::string python() {
   }
   const std::string own = std::string(kSource) + "/.venv/bin/python";
   if (!std::filesystem::exists(own)) {
-    throw std::runtime_error("reports need Python and there is none at " + own +
+    throw std::runtime_error("this command needs Python and there is none at " + own +
                              "; run scripts/setup once, or set KVREPLAY_PYTHON to an interpreter that has the "
                              "packages of analysis/requirements.txt");
   }
@@ -33,6 +34,29 @@ std::string python() {
 }
 
 }  // namespace
+
+CLI::Option* Forwarded::add(const std::string& name, const std::string& doc, const std::string& type) {
+  options_.emplace_back(name, command_->add_option(name, doc)->type_name(type));
+  return options_.back().second;
+}
+
+void Forwarded::add_flag(const std::string& name, const std::string& doc) {
+  flags_.emplace_back(name, command_->add_flag(name, doc));
+}
+
+void Forwarded::append_to(std::vector<std::string>& arguments) const {
+  for (const auto& [name, option] : options_) {
+    for (const std::string& value : option->results()) {
+      // One word, so that a value with a leading dash stays a value.
+      arguments.push_back(name + "=" + value);
+    }
+  }
+  for (const auto& [name, flag] : flags_) {
+    if (flag->count() > 0) {
+      arguments.push_back(name);
+    }
+  }
+}
 
 void become_python(std::vector<std::string> arguments) {
   const std::string interpreter = python();

@@ -9,34 +9,6 @@
 #include "sim/cli/python.hpp"
 
 namespace kvreplay {
-namespace {
-
-// Options that are handed over as they were written; an option that was not given is left to Python's default.
-class Forwarded {
- public:
-  explicit Forwarded(CLI::App* command) : command_(command) {}
-
-  CLI::Option* add(const std::string& name, const std::string& doc, const std::string& type) {
-    options_.emplace_back(name, command_->add_option(name, doc)->type_name(type));
-    return options_.back().second;
-  }
-
-  void append_to(std::vector<std::string>& arguments) const {
-    for (const auto& [name, option] : options_) {
-      for (const std::string& value : option->results()) {
-        // One word, so that a value with a leading dash stays a value.
-        arguments.push_back(name + "=" + value);
-      }
-    }
-  }
-
- private:
-  CLI::App* command_;
-  std::vector<std::pair<std::string, CLI::Option*>> options_;
-};
-
-}  // namespace
-
 void add_report_command(CLI::App& app) {
   CLI::App* report = app.add_subcommand("report", "Write one self-contained HTML page, and its figures as PDF and SVG");
   auto folder = std::make_shared<std::string>();
@@ -53,7 +25,10 @@ void add_report_command(CLI::App& app) {
   auto name = std::make_shared<std::string>();
   auto from = std::make_shared<std::string>();
   auto figure_options = std::make_shared<Forwarded>(figure);
-  figure->add_option("NAME", *name, "error_resident, correction, mismatch, mass_error, heads or decode")->required();
+  figure
+      ->add_option("NAME", *name,
+                   "error_resident, league, pareto, correction, mismatch, mass_error, heads, taxonomy, decode or ranks")
+      ->required();
   figure->add_option("DIR", *from, "Results folder that `kvreplay run --out` wrote")->required();
   figure_options->add("--format", "pdf, svg or png (default: by the ending of --out, else pdf)", "FORMAT");
   figure_options->add("--style", "Width: single or double column (default double)", "STYLE");

@@ -34,7 +34,8 @@ class Plan:
     n_heads: int = 8
     n_kv_heads: int = 4
     compensators: list = field(default_factory=lambda: ["mean", "moments", "gaussian"])
-    detail_steps: bool = False
+    detail: tuple = ()  # of steps, retained, outputs
+    output_steps: tuple = (10, 100, 300)
     complete: bool = True
     seed: int = 3
 
@@ -59,7 +60,16 @@ def write(folder, plan=None):
                                     n_kv_heads=plan.n_kv_heads, group_size=plan.n_heads // plan.n_kv_heads)
                         values = _steps(rng, plan, cell, budget)
                         _put(file, rows, plan, len(cells), cell, values)
+                        _put_details(file, plan, len(cells), cell)
                         cells.append(cell)
+        where = np.random.default_rng(plan.seed + 1)  # of its own, so that the cells' numbers stay what they are
+        for trace, *_ in plan.traces:
+            for layer in plan.layers:
+                sink, local, far = where.dirichlet((1, 1, 1), plan.n_heads).T
+                for name, column in (("sink", sink), ("local", local), ("far", far),
+                                     ("entropy", where.uniform(0, 1, plan.n_heads)),
+                                     ("concentration", where.uniform(0, 0.8, plan.n_heads))):
+                    file[f"heads/{trace}/{layer:03d}/{name}"] = column
         group = file.create_group("cells")
         group.attrs["block_steps"] = 64
         for name in cells[0] if cells else []:
@@ -135,13 +145,53 @@ def _put(file, rows, plan, index, cell, values):
         with np.errstate(invalid="ignore"):
             blocks = np.add.reduceat(np.where(counted, steps, 0.0), begin, axis=1) / np.where(n > 0, n, np.nan)
         file[f"blocks/{index:06d}/{name}"] = blocks
-        if plan.detail_steps:
+        if "steps" in plan.detail:
             file[f"steps/{index:06d}/{name}"] = steps.astype(np.float32)
+        whole = _stats(steps.T) if counted.all() else None
         for r in range(steps.shape[0]):
-            x = steps[r][counted[r]]
+            n_counted = int(counted[r].sum())
             kv, q = (r, "") if metric in KV else (r // group_size, r)
-            stats = ([x.mean(), x.std(), *np.quantile(x, [0.5, 0.9, 0.99]), x.max()] if len(x) else [np.nan] * 6)
+            stats = whole[:, r] if whole is not None else _stats(steps[r][counted[r]]) if n_counted else [np.nan] * 6
             text = [cell["trace"], cell["layer"], kv, q, cell["method"], cell["label"], cell["budget"], compensator,
-                    cell["foresight"], metric, len(x), n_steps - len(x),
+                    cell["foresight"], metric, n_counted, n_steps - n_counted,
                     *("" if np.isnan(s) else repr(float(s)) for s in stats)]
             rows.append(",".join(f'"{t}"' if "," in str(t) else str(t) for t in text))
+
+
+def _stats(x):
+    """mean, std, p50, p90, p99, max over the first axis."""
+    return np.array([x.mean(axis=0), x.std(axis=0), *np.quantile(x, [0.5, 0.9, 0.99], axis=0), x.max(axis=0)])
+
+
+def _put_details(file, plan, index, cell):
+    """What --detail retained and outputs add: eviction times, attended bits, output vectors that obey the identity."""
+    rng = np.random.default_rng([plan.seed, index])
+    n_steps, prompt_len, budget = cell["n_steps"], cell["prompt_len"], cell["budget_tokens"]
+    n_heads, n_tokens = plan.n_heads, prompt_len + n_steps
+    if "retained" in plan.detail:
+        born = np.maximum(0, np.arange(n_tokens) - prompt_len)
+        out = np.full((plan.n_kv_heads, n_tokens), n_steps, np.int32)
+        if budget > 0 and cell["group"] != "selection":
+            life = rng.geometric(1.0 / budget, out.shape)
+            out = np.minimum(born + life, n_steps).astype(np.int32)
+            out[:, :prompt_len] = (n_steps if cell["group"] == "pinned" else
+                                   np.where(rng.random((plan.n_kv_heads, prompt_len)) < budget / prompt_len, n_steps, 0))
+        file[f"evicted_at/{index:06d}"] = out
+        if cell["group"] == "selection":
+            bits = rng.random((n_heads, n_steps, n_tokens)) < budget / n_tokens
+            bits &= np.arange(n_steps)[:, None] >= born
+            file[f"attended/{index:06d}"] = np.packbits(bits, axis=2, bitorder="little")
+    if "outputs" in plan.detail:
+        steps = np.array([s for s in plan.output_steps if s < n_steps], np.int32)
+        shape = (n_heads, len(steps), 16)
+        f_r, f_e = rng.normal(size=shape), 2 * rng.normal(size=shape)
+        w = rng.uniform(0.05, 0.4, shape[:2])[..., None]
+        lost = budget > 0 and (cell["group"] != "pinned" or steps >= budget)
+        lost = np.broadcast_to(np.asarray(lost).reshape(1, -1, 1), (n_heads, len(steps), 1))
+        vectors = {"f": np.where(lost, (1 - w) * f_r + w * f_e, f_r), "f_R": f_r, "f_E": np.where(lost, f_e, np.nan)}
+        for c in plan.compensators if budget > 0 else []:
+            vectors[f"f_E.{c}"] = np.where(lost, f_e + rng.normal(0, 0.5, shape), np.nan)
+        group = file.create_group(f"outputs/{index:06d}")
+        group.attrs["steps"] = steps
+        for name, values in vectors.items():
+            group[name.replace("%", "%25").replace("/", "%2F")] = values.astype(np.float32)

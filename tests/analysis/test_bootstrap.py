@@ -61,3 +61,61 @@ def test_share_removed_is_a_ratio_of_sums():
     estimate, low, high = bootstrap.interval([blocks], bootstrap.removed_share)
     assert estimate == pytest.approx(0.75)
     assert (low, high) == pytest.approx((0.6, 0.8))
+
+
+def paired(a, b, n_rows=3):
+    """Sums of two sides from per-block levels, with noise of the blocks that both share."""
+    rng = np.random.default_rng(9)
+    shared = rng.normal(0, 5, (n_rows, len(a)))
+    return bootstrap.block_sums([shared + np.asarray(a), shared + np.asarray(b)], np.full(len(a), 64.0))
+
+
+def test_paired_difference_is_free_of_what_both_share():
+    """The blocks differ by far more than the two sides do; the interval of the difference does not see it."""
+    rng = np.random.default_rng(10)
+    a = 10 + rng.normal(0, 0.1, 50)
+    b = 9.8 + rng.normal(0, 0.1, 50)
+    estimate, low, high = bootstrap.interval([paired(a, b)], bootstrap.difference)
+    assert estimate == pytest.approx(np.mean(a - b))
+    assert 0 < low < estimate < high
+    se = np.std(a - b) / np.sqrt(50)
+    assert (low, high) == pytest.approx((estimate - 1.96 * se, estimate + 1.96 * se), abs=0.2 * se)
+    one = bootstrap.interval([paired(a, b)[:, [0, 2]]], bootstrap.mean)
+    assert one[2] - one[1] > 10 * (high - low)
+
+
+def test_swapping_the_sides_negates_and_a_side_against_itself_is_zero():
+    a, b = np.random.default_rng(11).normal(3, 1, (2, 20))
+    there = bootstrap.interval([paired(a, b)], bootstrap.difference)
+    back = bootstrap.interval([paired(b, a)], bootstrap.difference)
+    assert back == pytest.approx((-there[0], -there[2], -there[1]), rel=1e-12)
+    assert bootstrap.interval([paired(a, a)], bootstrap.difference) == (0, 0, 0)
+    assert bootstrap.interval([paired(a, a)], bootstrap.relative_difference) == (0, 0, 0)
+
+
+def test_paired_sums_count_where_both_counted():
+    a = np.array([[1.0, np.nan, 3.0], [2.0, 2.0, 2.0]])
+    b = np.array([[0.5, 1.0, np.nan], [1.0, 1.0, 4.0]])
+    sums = bootstrap.block_sums([a, b], np.array([64.0, 64.0, 16.0]))
+    np.testing.assert_array_equal(sums, [[3 * 64, 1.5 * 64, 2 * 64], [2 * 64, 64, 64], [2 * 16, 4 * 16, 16]])
+    assert bootstrap.difference(sums.sum(axis=0)) == pytest.approx((3 * 64 + 128 + 32 - 96 - 64 - 64) / (128 + 64 + 16))
+
+
+def test_paired_totals_of_results(results):
+    """Against a loop over heads and blocks."""
+    cells = results.cells
+    pairs = [(i, j) for layer in (0, 4, 8, 11)
+             for i in cells.index[(cells["label"] == "h2o") & (cells["budget"] == "64") & (cells["layer"] == layer)]
+             for j in cells.index[(cells["label"] == "tova") & (cells["budget"] == "64") & (cells["layer"] == layer)]]
+    assert len(pairs) == 4
+    totals, = bootstrap.paired_totals(results, results, pairs, ("error_output", ""))
+    expected = np.zeros((8, 3))
+    for i, j in pairs:
+        a, b = results.blocks("error_output")[i], results.blocks("error_output")[j]
+        for head in range(8):
+            for block in range(8):
+                expected[block] += [64 * a[head, block], 64 * b[head, block], 64]
+    np.testing.assert_allclose(totals, expected, rtol=1e-12)
+    corrected, = bootstrap.paired_totals(results, results, pairs, ("error_output", ""), ("error_corrected", "moments"))
+    np.testing.assert_array_equal(corrected[:, 0], totals[:, 0])
+    assert (corrected[:, 1] != totals[:, 1]).all()

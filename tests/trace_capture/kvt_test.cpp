@@ -618,13 +618,13 @@ TEST_CASE("descriptions are taken at their word") {
   refuses("/logprobs", "yes", "logprobs is \"yes\"");
 
   const auto broken = [&](const std::string& text, const std::string& words) { mentions(refusal(path, text), words); };
-  broken("", "not JSON");
-  broken("[]", "the description is [], but must be an object");
-  broken("{\"model\": }", "not JSON: it cannot be read on from byte 11");
-  broken("{\"capacity\": 1e999}", "out of range");
-  broken("{\"model\": {\"name\": \"\xff\"}}", "not JSON");
-  broken("{\"capacity\": 3, \"capacity\": 4}", "the key \"capacity\" is given twice");
-  broken("{\"model\": {\"name\": \"a\", \"name\": \"b\"}}", "the key \"name\" is given twice");
+  broken("", "expected JSON, found none");
+  broken("[]", "expected a JSON object, found []");
+  broken("{\"model\": }", "expected JSON, found none from byte 11 on");
+  broken("{\"capacity\": 1e999}", "too large");
+  broken("{\"model\": {\"name\": \"\xff\"}}", "expected JSON, found none");
+  broken("{\"capacity\": 3, \"capacity\": 4}", "the name \"capacity\" is there twice");
+  broken("{\"model\": {\"name\": \"a\", \"name\": \"b\"}}", "the name \"name\" is there twice");
   broken(std::string(100000, '['), "nested deeper");
   std::string deep = "1";
   for (int i = 0; i < 3000; ++i) {

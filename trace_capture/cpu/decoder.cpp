@@ -1,7 +1,6 @@
 // The CPU backend: float32 arithmetic over weights of any element type, every buffer allocated by the first pass.
 #include "trace_capture/decoder.hpp"
 
-#include <fmt/format.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -107,21 +106,13 @@ class CpuDecoder final : public Decoder {
   }
 
   void logits(Pos row, std::span<float> out) override {
-    if (row < 0 || row >= n_last_ || out.size() != sz(config_.vocab)) {
-      throw std::invalid_argument(fmt::format("logits of row {} into {} values: the last pass has {} rows of {}", row,
-                                              out.size(), n_last_, config_.vocab));
-    }
+    check_logits_of(row, out.size(), n_last_, config_.vocab);
     const std::span<const float> values = logits_of(row, row + 1);
     std::copy(values.begin(), values.end(), out.begin());
   }
 
   void log_probabilities(std::span<const std::int32_t> next, std::span<float> out) override {
-    if (next.size() != out.size() || next.size() > sz(n_last_)) {
-      throw std::invalid_argument(
-          fmt::format("log-probabilities of {} tokens into {} values: the last pass has {} rows", next.size(),
-                      out.size(), n_last_));
-    }
-    check_vocabulary(next, config_.vocab);
+    check_scored(next, out.size(), n_last_, config_.vocab);
     const Index n = static_cast<Index>(next.size()), vocab = config_.vocab;
     for (Index first = 0; first < n; first += kLogitRows) {
       const Index end = std::min(n, first + kLogitRows);

@@ -161,22 +161,14 @@ class CudaDecoder final : public Decoder {
   }
 
   void logits(Pos row, std::span<float> out) override {
-    if (row < 0 || row >= n_last_ || out.size() != sz(config_.vocab)) {
-      throw std::invalid_argument(fmt::format("logits of row {} into {} values: the last pass has {} rows of {}", row,
-                                              out.size(), n_last_, config_.vocab));
-    }
+    check_logits_of(row, out.size(), n_last_, config_.vocab);
     check(cudaSetDevice(device_), "choosing the device");
     to_host(out.data(), logits_of(row, row + 1), out.size());
     stream_.wait();
   }
 
   void log_probabilities(std::span<const std::int32_t> next, std::span<float> out) override {
-    if (next.size() != out.size() || next.size() > sz(n_last_)) {
-      throw std::invalid_argument(
-          fmt::format("log-probabilities of {} tokens into {} values: the last pass has {} rows", next.size(),
-                      out.size(), n_last_));
-    }
-    check_vocabulary(next, config_.vocab);
+    check_scored(next, out.size(), n_last_, config_.vocab);
     check(cudaSetDevice(device_), "choosing the device");
     to_device(work_.next, next.data(), next.size());
     const Pos n = static_cast<Pos>(next.size());

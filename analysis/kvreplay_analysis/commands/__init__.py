@@ -4,6 +4,6 @@ A command prints its result on stdout and raises UsageError, Absent or ResultsEr
 what they need inside `run`, so that a missing package is a sentence of the command line and not a traceback.
 """
 
-from . import figure, report, tune
+from . import compare, figure, league, report, tune
 
-ALL = {"report": report, "figure": figure, "tune": tune}
+ALL = {"report": report, "figure": figure, "compare": compare, "league": league, "tune": tune}

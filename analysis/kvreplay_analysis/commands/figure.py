@@ -13,11 +13,14 @@ def add(commands):
     parser.add_argument("--trace", help="only these traces, separated by commas")
     parser.add_argument("--budget", help="budget as it was asked")
     parser.add_argument("--method", action="append", metavar="LABEL", help="only this method; may be repeated")
+    for name, what in (("layer", "layer"), ("head", "query head"), ("step", "stored decode step")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} of a figure of one head; default: where the "
+                            "error is greatest")
 
 
 def run(asked):
     from ..errors import UsageError, nearest
-    from ..figures import ALL
+    from ..figures import ALL, of_a_head
     from ..report import scopes, write_whole
     from ..results import load
     from ..style import FORMATS, WIDTHS, to_bytes
@@ -34,7 +37,17 @@ def run(asked):
     results = results.only(trace=asked.trace.split(",")) if asked.trace else scopes(results)[0][1]
     if asked.method:
         results = results.only(label=asked.method)
-    picture = ALL[asked.name].draw(results, asked.budget, asked.style)
+    module = ALL[asked.name]
+    of_head = {}
+    for option in ("layer", "head", "step"):
+        if getattr(asked, option) is None:
+            continue
+        takes = [name for name, m in ALL.items() if of_a_head(m) and (option != "step" or getattr(m, "STEPS", False))]
+        if asked.name not in takes:
+            raise UsageError(f"figure {asked.name} has no --{option} (given {getattr(asked, option)}): that is for "
+                             f"{', '.join(takes)}")
+        of_head[option] = getattr(asked, option)
+    picture = module.draw(results, asked.budget, asked.style, **of_head)
     out = Path(asked.out or f"{asked.name}.{format}")
     write_whole(out, to_bytes(picture, format))
     print(out)

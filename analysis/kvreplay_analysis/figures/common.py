@@ -4,9 +4,10 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 from matplotlib.lines import Line2D
 
-from ..errors import Absent
+from ..errors import Absent, UsageError
 from ..results import GROUPS
 from ..style import deciding_part, shown_name
 
@@ -32,6 +33,37 @@ def at_budget(results, budget):
     """The run at one budget (with the methods that have none), and that budget."""
     budget = results.default_budget if budget is None else budget
     return results.only(budget=budget), budget
+
+
+def chosen_head(results, budget=None, layer=None, head=None, usable=lambda cell: True, why=""):
+    """(cell, query head) that a figure of one head shows: the first method of `shown_first` that lost something, on the
+    first trace, at the layer and head that were asked for, else where its mean error is greatest. Only cells that are
+    `usable` count; Absent says `why` where there is none."""
+    results, budget = at_budget(results, budget)
+    require(results, "error_output")
+    if layer is not None:
+        results = results.only(layer=layer)
+    pool = results.summary[(results.summary["metric"] == "error_output") & (results.summary["n"] > 0)]
+    means = pool.groupby(["label", "trace", "layer", "q_head"])["mean"].mean().sort_index()
+    lossy = [label for label in results.labels if means.get(label, pd.Series([0.0])).max() > 0]
+    for label in shown_first(results, lossy or results.labels):
+        cells = results.cells[results.cells["label"] == label]
+        cells = cells[cells["trace"] == cells["trace"].iloc[0]]
+        cells = cells[[bool(usable(cell)) for cell in cells.index]]
+        if cells.empty:
+            continue
+        mine = means[label, cells["trace"].iloc[0]]
+        mine = mine[mine.index.get_level_values("layer").isin(cells["layer"])]
+        if head is None:
+            at, head = mine.idxmax()
+        else:
+            n_heads = int(cells["n_heads"].iloc[0])
+            if not 0 <= head < n_heads:
+                raise UsageError(f"query head {head} is not in {results.folder}, whose layers have heads 0 to "
+                                 f"{n_heads - 1}")
+            at = mine.xs(head, level="q_head").idxmax()
+        return int(cells.index[cells["layer"] == at][0]), int(head)
+    raise Absent(why or "no method lost anything at this budget")
 
 
 def about(results, label):

@@ -52,7 +52,7 @@ def draw(results, budget=None, style="double", frames=None):
             kwargs["markevery"] = (len(line) // 8 + hash_offset(label) % max(1, len(line) // 8), max(1, len(line) // 4))
             ax.plot(line["directional_mismatch"], line["fraction"], **kwargs)
         ax.set_title(group_title(group))
-        ax.set_xlabel("directional_mismatch  1 − cos(f_R, f_E)")
+        ax.set_xlabel("1 − cos(f_R, f_E)")
         ax.set_ylim(0, 1)
         if i % (3 if style == "double" else 1) == 0:
             ax.set_ylabel("share of values below")

@@ -1,0 +1,378 @@
+"""Who is best at equal memory: league tables, the share of the way to the best oracle, Pareto fronts.
+
+Methods keep different amounts at one budget (they round, allocate and carry state), so they are compared where they
+have been brought to the same measured size: a method's error is read off its curve over its budgets, by straight lines
+in the logarithms of size and error, and never beyond its first and last budget.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from . import bootstrap, latency
+from .errors import Absent, UsageError, nearest
+from .results import GROUPS
+from .tables import pooled
+
+AT = ("tokens", "bytes")
+SAME = 0.01  # sizes that differ by no more than this share are the same size
+BASES = ("streaming", "random")
+METRICS = ["resident", "attended", "bytes", "bytes_read", "error_output"]
+
+
+@dataclass
+class Curve:
+    """A method (with a compensator from beside it, or as it is) over its budgets, from the smallest size to the
+    largest: frame columns budget, size, error_output, resident, bytes, bytes_read, latency_us. `sums[budget]` is
+    {trace: (n_blocks, 2)}: sum of the error and head-steps."""
+
+    label: str
+    method: str
+    group: str
+    foresight: str
+    compensator: str  # measured beside the method; "": as it is
+    acting: str       # in the method's own text
+    points: pd.DataFrame
+    sums: dict = field(default_factory=dict)
+
+    @property
+    def name(self):
+        return f"{self.label}+{self.compensator}" if self.compensator else self.label
+
+    @cached_property
+    def columns(self):
+        return {name: self.points[name].to_numpy() for name in self.points}
+
+    @property
+    def span(self):
+        return float(self.columns["size"][0]), float(self.columns["size"][-1])
+
+    def reaches(self, size):
+        low, high = self.span
+        return low * (1 - SAME) <= size <= high * (1 + SAME)
+
+    def between(self, size):
+        """(position of the point below, of the point above, weight of the latter)."""
+        sizes = self.columns["size"]
+        size = float(np.clip(size, sizes[0], sizes[-1]))
+        right = int(np.searchsorted(sizes, size))
+        if sizes[right] <= size * (1 + 1e-12):
+            return right, right, 0.0
+        left = right - 1
+        return left, right, float(np.log(size / sizes[left]) / np.log(sizes[right] / sizes[left]))
+
+
+def along(below, above, weight):
+    """Between two numbers on a straight line in logarithms; straight in the numbers where one is not positive."""
+    below, above = np.asarray(below, float), np.asarray(above, float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        in_logs = np.exp((1 - weight) * np.log(below) + weight * np.log(above))
+    exact = np.where(weight == 0, below, above) if weight in (0, 1) else in_logs
+    return np.where((below > 0) & (above > 0), exact, (1 - weight) * below + weight * above)
+
+
+def curves(results, at="tokens", compensated=None, gpu=latency.DEFAULT):
+    """[Curve] of every method of a run, pooled over its traces and layers. `compensated` adds one for each compensator
+    measured beside a method, its state charged (default: at equal bytes, where run.json says what a state weighs)."""
+    if at not in AT:
+        raise UsageError(f"--at {at} is none of {', '.join(AT)}{nearest(at, AT)}")
+    results, _ = shared_cells(results)
+    compensated = at == "bytes" if compensated is None else compensated
+    rows = results.summary[results.summary["metric"].isin([*METRICS, "error_corrected"])]
+    means = pooled(rows, ["label", "budget", "metric", "compensator"])["mean"].to_dict()
+    costs_of_steps = latency.step_costs(results)
+    us = latency.decode_us(costs_of_steps, gpu).to_dict()
+    out = []
+    for label, cells in results.cells.groupby("label", sort=False):
+        what = cells.iloc[0]
+        variants = [""]
+        if compensated and _may_be_compensated(what):
+            variants += [c for c in results.compensators if c in what["compensators"]
+                         and state_bytes(results, c, what["method"]) is not None]
+        for c in variants:
+            state = state_bytes(results, c, what["method"]) if c else {}
+            extra = float(np.mean([state[t] for t in cells["trace"].unique()])) if c else 0.0
+            slow = us
+            if c:
+                mine = costs_of_steps[costs_of_steps["label"] == label]
+                slow = latency.decode_us(mine, gpu, state).to_dict()
+            points = []
+            for budget in dict.fromkeys(cells["budget"]):
+                point = {m: means.get((label, budget, m, ""), np.nan) for m in METRICS}
+                if c:
+                    point["error_output"] = means.get((label, budget, "error_corrected", c), np.nan)
+                point["bytes"] += extra
+                point["bytes_read"] += extra
+                point["size"] = point[_size(what["group"], at)]
+                points.append({"budget": budget, **point, "latency_us": slow.get((label, budget), np.nan)})
+            frame = pd.DataFrame(points).dropna(subset=["size", "error_output"])
+            # Budgets beyond what there is to keep have one size: the first of them says it all.
+            frame = frame.sort_values("size", kind="stable").drop_duplicates("size").reset_index(drop=True)
+            if len(frame):
+                out.append(Curve(label, what["method"], what["group"], what["foresight"], c,
+                                 what["compensator_acting"], frame))
+    if not out:
+        raise Absent(f"this run did not measure {at if at == 'bytes' else 'resident'} or error_output, so methods "
+                     "cannot be brought to one size: run again with --metrics all")
+    _add_sums(results, out)
+    return out
+
+
+def shared_cells(results):
+    """(the run on those layers of traces where every method has every budget, cells left out): after an interruption
+    methods would otherwise be compared on different layers."""
+    cells = results.cells
+    n = cells.drop_duplicates(["label", "budget"]).shape[0]
+    count = cells.drop_duplicates(["trace", "layer", "label", "budget"]).groupby(["trace", "layer"])["label"].size()
+    whole = set(count[count == n].index)
+    if not whole:
+        raise Absent(f"no layer of {results.folder} has results of all methods, so they cannot be ranked: a part of "
+                     "the run failed or was interrupted")
+    chosen = [(t, n) in whole for t, n in zip(cells["trace"], cells["layer"])]
+    if all(chosen):
+        return results, 0
+    summary = results.summary
+    summary = summary[[(t, n) in whole for t, n in zip(summary["trace"], summary["layer"])]]
+    return replace(results, cells=cells[chosen], summary=summary), len(cells) - sum(chosen)
+
+
+def state_bytes(results, compensator, method):
+    """{trace: bytes per KV head that the compensator's state weighs beside this method}; None where run.json does not
+    say. With scope=query_head every query head of a group has a set and a state of its own."""
+    group_size = results.cells.drop_duplicates("trace").set_index("trace")["group_size"]
+    own = re.search(r"scope=query_head(?=[,+/]|$)", method) is not None
+    by_stem = {t.get("stem"): t.get("state_bytes") or {} for t in results.run.get("traces", []) if isinstance(t, dict)}
+    out = {}
+    for trace in results.traces:
+        each = by_stem.get(trace, {}).get(compensator)
+        if each is None:
+            return None
+        out[trace] = float(each) * (int(group_size[trace]) if own else 1)
+    return out
+
+
+def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAULT, bands=True, budget=None):
+    """The table: methods ranked by error at equal size, once for each budget of each group.
+
+    at    tokens: equal resident tokens; bytes: equal bytes per KV head. Per-step selection keeps everything and is
+          compared at equal bytes read in a step, in its own group, whatever `at` says
+    base  what a method is an improvement over (label or canonical name; default: streaming, else random, of the group)
+    budget   only near this one (or several), as it was asked; methods without a budget stay
+
+    One row for each curve and budget: group, unit (what is equal), budget (as asked, near which the comparison is
+    drawn), at (the size), rank (1 is best; oracles and sizes without a number have none), label, method, compensator
+    (measured beside the method, its state charged), foresight, error_output with low and high (95 %), resident, bytes,
+    bytes_read, latency_us (estimated, see latency.py), base, oracle (the best of the group at this size), closed =
+    (base - method) / (base - oracle) with closed_low and closed_high, note. A method without budgets, as the
+    uncompressed cache, has one row at its own size, with an empty budget and no rank.
+    """
+    if base is not None and base not in set(results.cells["label"]) | set(results.cells["method"]):
+        raise UsageError(f"base {base} is not in {results.folder}, which has {', '.join(results.labels)}"
+                         f"{nearest(base, results.labels)}")
+    budgets = [budget] if isinstance(budget, str) else results.budgets if budget is None else list(budget)
+    for b in budgets:
+        if b not in results.budgets:
+            raise UsageError(f"budget {b} is not in {results.folder}, which has "
+                             f"{', '.join(results.budgets) or 'no budgets'}{nearest(b, results.budgets)}")
+    found = curves(results, at, compensated, gpu)
+    groups = [g for g in [*GROUPS, *sorted({c.group for c in found} - set(GROUPS))] if any(c.group == g for c in found)]
+    rows = []
+    for group in groups:
+        mine = [c for c in found if c.group == group]
+        budgeted = [c for c in mine if any(c.points["budget"] != "")]
+        chosen_base = _base(budgeted, base)
+        unit = _unit(group, at)
+        for near, size in references(budgeted, results.budgets):
+            if near in budgets:
+                rows += _at(budgeted, group, unit, near, size, chosen_base, bands)
+        for c in mine:
+            if c not in budgeted:
+                rows.append({**_head(c, group, unit), "budget": "", "at": float(c.points["size"].iloc[0]),
+                             **_numbers(c, c.span[0], bands), "note": "no budget: at its own size"})
+    table = pd.DataFrame(rows)
+    ranked = table["error_output"].notna() & (table["foresight"] != "oracle") & (table["budget"] != "")
+    table["rank"] = table[ranked].groupby(["group", "budget"])["error_output"].rank(method="min").astype("Int64")
+    order = {(g, b): i for i, (g, b) in enumerate(dict.fromkeys(zip(table["group"], table["budget"])))}
+    table["_order"] = [order[key] for key in zip(table["group"], table["budget"])]
+    table = table.sort_values(["_order", "error_output"], kind="stable", na_position="last")
+    return table[["group", "unit", "budget", "at", "rank", "label", "method", "compensator", "foresight",
+                  "error_output", "low", "high", "resident", "bytes", "bytes_read", "latency_us", "base", "oracle",
+                  "closed", "closed_low", "closed_high", "note"]].reset_index(drop=True)
+
+
+def references(group, budgets):
+    """[(budget, size)]: the size near each budget at which methods are compared. Near means no nearer to another
+    budget; of these sizes the one that most curves reach, and of these the one closest to the methods' median."""
+    middles = {}
+    for budget in budgets:
+        sizes = [float(s) for c in group if not c.compensator for b, s in zip(c.columns["budget"], c.columns["size"])
+                 if b == budget]
+        if sizes:
+            middles[budget] = float(np.median(sizes))
+    order = sorted(middles, key=middles.get)
+    out = []
+    for i, budget in enumerate(order):
+        middle = middles[budget]
+        down = middles[order[i - 1]] / middle if i else 0.25
+        up = middles[order[i + 1]] / middle if i + 1 < len(order) else 4.0
+        low, high = middle * down ** 0.5, middle * up ** 0.5
+        sizes = [middle, *(end for c in group for end in c.span if low <= end <= high)]
+        out.append((budget, max(sizes, key=lambda s: (sum(c.reaches(s) for c in group), -abs(np.log(s / middle))))))
+    return out
+
+
+def pareto(size, error):
+    """bool (n,): whether no other point is at most as large and at most as wrong, and one of the two less."""
+    size, error = np.asarray(size, float), np.asarray(error, float)
+    front = np.zeros(len(size), bool)
+    counted = np.isfinite(size) & np.isfinite(error)
+    best = np.inf
+    order = [i for i in np.lexsort((error, size)) if counted[i]]
+    for i in order:
+        if error[i] < best:
+            front[i], best, at = True, error[i], size[i]
+        elif front.any() and error[i] == best and size[i] == at:
+            front[i] = True  # the same point twice
+    return front
+
+
+def costs(results, gpu=latency.DEFAULT):
+    """What every configuration costs: label, method, compensator, group, foresight, budget, resident, bytes,
+    bytes_read, latency_us, error_output, and whether it is on the front of error against bytes (front_bytes) and
+    against latency (front_latency). Oracles are on no front. Groups are not kept apart: bytes are bytes."""
+    rows = []
+    for c in curves(results, "bytes", gpu=gpu):
+        for point in c.points.drop(columns="size").to_dict("records"):
+            rows.append({"label": c.label, "method": c.method, "compensator": c.compensator, "group": c.group,
+                         "foresight": c.foresight, **point})
+    frame = pd.DataFrame(rows)
+    real = (frame["foresight"] != "oracle").to_numpy()
+    for name, cost in (("front_bytes", "bytes"), ("front_latency", "latency_us")):
+        frame[name] = False
+        frame.loc[real, name] = pareto(frame.loc[real, cost], frame.loc[real, "error_output"])
+    return frame
+
+
+def _size(group, at):
+    return "bytes_read" if group == "selection" else "resident" if at == "tokens" else "bytes"
+
+
+def _unit(group, at):
+    return {"bytes_read": "bytes read", "resident": "tokens", "bytes": "bytes"}[_size(group, at)]
+
+
+def _may_be_compensated(what):
+    """A compensator beside a reader has nothing to correct, and beside another one that acts is another method's."""
+    return (what["group"] != "selection" and what["budget"] != "" and not what["compensator_acting"]
+            and what["foresight"] != "oracle")
+
+
+def _add_sums(results, found):
+    wanted = {c.compensator for c in found}
+    blocks = {c: results.blocks("error_corrected", c) if c else results.blocks("error_output") for c in wanted}
+    for (label, budget), cells in results.cells.groupby(["label", "budget"], sort=False):
+        for c in (c for c in found if c.label == label and budget in set(c.points["budget"])):
+            per_trace = {}
+            for cell, trace in zip(cells.index, cells["trace"]):
+                if cell in blocks[c.compensator]:
+                    bootstrap.add(per_trace, trace, bootstrap.block_sums([blocks[c.compensator][cell]],
+                                                                         results.block_weights(cell)))
+            c.sums[budget] = per_trace
+
+
+def _base(group, base):
+    """The curve of a group that others are an improvement over; None where there is none."""
+    plain = [c for c in group if not c.compensator and c.foresight != "oracle"]
+
+    def without_pool(method):
+        return re.sub(r"[:,]pool=decode(?=[,+/]|$)", "", method)
+
+    if base is not None:
+        named = next((c for c in plain if base in (c.label, c.method)), None)
+        return named or next((c for c in plain if without_pool(c.method) == without_pool(base)), None)
+    for name in BASES:
+        found = next((c for c in plain if without_pool(c.method) == name), None)
+        if found:
+            return found
+    return None
+
+
+def _head(c, group, unit):
+    return {"group": group, "unit": unit, "label": c.name, "method": c.method, "compensator": c.compensator,
+            "foresight": c.foresight, "base": "", "oracle": "", "closed": np.nan, "closed_low": np.nan,
+            "closed_high": np.nan}
+
+
+def _interval(parts, statistic):
+    """95 % of a statistic of the interpolated errors of several (curve, size), all drawn together."""
+    ends = [(c, *c.between(size)) for c, size in parts]
+    budgets = [(c, c.columns["budget"][i]) for c, below, above, _ in ends for i in (below, above)]
+    names = set.intersection(*(set(c.sums[b]) for c, b in budgets))
+    first, budget = budgets[0]
+    traces = [np.column_stack([c.sums[b][t] for c, b in budgets]) for t in first.sums[budget] if t in names]
+
+    def errors(sums):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = sums[..., 0::2] / sums[..., 1::2]
+        return [along(means[..., 2 * i], means[..., 2 * i + 1], weight) for i, (*_, weight) in enumerate(ends)]
+
+    return bootstrap.interval(traces, lambda sums: statistic(*errors(sums)))[1:]
+
+
+def _numbers(c, size, bands=True):
+    below, above, weight = c.between(size)
+    out = {name: float(along(c.columns[name][below], c.columns[name][above], weight))
+           for name in ("error_output", "resident", "bytes", "bytes_read", "latency_us")}
+    out["low"], out["high"] = _interval([(c, size)], lambda e: e) if bands else (np.nan, np.nan)
+    return out
+
+
+def _at(group, name, unit, budget, size, base, bands):
+    """Rows of one group at one size."""
+    rows = []
+    there = [c for c in group if c.reaches(size)]
+    numbers = {id(c): _numbers(c, size, bands) for c in there}
+    oracles = [c for c in there if c.foresight == "oracle"]
+    oracle = min(oracles, key=lambda c: numbers[id(c)]["error_output"], default=None)
+    for c in group:
+        row = {**_head(c, name, unit), "budget": budget, "at": size}
+        if c not in there:
+            low, high = c.span
+            row.update({n: np.nan for n in ("error_output", "low", "high", "resident", "bytes", "bytes_read",
+                                            "latency_us")})
+            row["note"] = f"measured from {low:.4g} to {high:.4g} {unit} only; not extrapolated"
+            rows.append(row)
+            continue
+        row.update(numbers[id(c)])
+        row["base"], row["oracle"] = base.name if base else "", oracle.name if oracle else ""
+        below, above, _ = c.between(size)
+        asked = c.columns["budget"]
+        notes = [f"measured at budget {asked[below]}" if below == above
+                 else f"between budgets {asked[below]} and {asked[above]}"]
+        if c.acting and unit == "tokens":
+            notes.append(f"{c.acting} keeps a state that tokens do not count: see bytes")
+        if base is None or oracle is None:
+            lacks = "oracle" if base else f"base ({' or '.join(BASES)})"
+            notes.append(f"no distance closed: the group has no {lacks}")
+        elif base not in there:
+            notes.append(f"no distance closed: {base.name} does not reach this size")
+        else:
+            span = numbers[id(base)]["error_output"] - numbers[id(oracle)]["error_output"]
+            if span > 0:
+                row["closed"] = (numbers[id(base)]["error_output"] - row["error_output"]) / span
+                if bands:
+                    found = _interval([(c, size), (base, size), (oracle, size)], _closed)
+                    row["closed_low"], row["closed_high"] = found
+            else:
+                notes.append(f"no distance closed: {oracle.name} is no better than {base.name} here")
+        row["note"] = "; ".join(notes)
+        rows.append(row)
+    return rows
+
+
+def _closed(method, base, oracle):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (base - method) / (base - oracle)
