@@ -82,8 +82,14 @@ class Run {
 
  private:
   void parse() {
+    const TableReader read_table = [this](const std::string& name) {
+      const auto it = request_.tables.find(name);
+      ValueTable table = read_value_table(it == request_.tables.end() ? name : it->second.string());
+      table.path = name;
+      return table;
+    };
     for (const std::string& text : request_.methods) {
-      methods_.push_back(std::make_unique<Method>(parse_method(text, read_value_table)));
+      methods_.push_back(std::make_unique<Method>(parse_method(text, read_table)));
       for (std::size_t i = 0; i + 1 < methods_.size(); ++i) {
         if (methods_[i]->name == methods_.back()->name) {
           throw ConfigError("'" + methods_[i]->label + "' and '" + text + "' are the same method, " +
@@ -94,14 +100,14 @@ class Run {
     if (methods_.empty()) {
       throw ConfigError("no method is given; add for example --method h2o");
     }
-    for (const std::string& text : request_.budgets) {
-      budgets_.push_back(Budget::parse(text));
-      for (std::size_t i = 0; i + 1 < budgets_.size(); ++i) {
-        if (budgets_[i].text == budgets_.back().text) {
-          throw ConfigError("--budget: " + text + " is given twice");
-        }
+    for (std::size_t i = 0; i < request_.budgets.size(); ++i) {
+      const auto begin = request_.budgets.begin();
+      if (std::find(begin, begin + std::ptrdiff_t(i), request_.budgets[i]) != begin + std::ptrdiff_t(i)) {
+        throw ConfigError("--budget: " + request_.budgets[i] + " is given twice");
       }
+      Budget::parse(request_.budgets[i]);  // refused even where no method uses it
     }
+    budgets_ = request_.budgets;
     for (const std::string& text : request_.compensators) {
       compensators_.push_back(parse_part(text, Role::compensate, read_value_table));
       if (compensators_.back().info->is_default) {  // nothing to measure
@@ -114,14 +120,19 @@ class Run {
         }
       }
     }
-    for (const auto& m : methods_) {
-      if (!m->budgeted()) {
-        columns_.push_back({m.get(), {}});
-      } else if (budgets_.empty()) {
-        throw ConfigError(m->label + " needs a budget; add for example --budget 128");
-      } else {
-        for (const Budget& b : budgets_) {
-          columns_.push_back({m.get(), b});
+    for (std::size_t i = 0; i < methods_.size(); ++i) {
+      const Method& m = *methods_[i];
+      const auto own = request_.budgets_of.find(request_.methods[i]);
+      const auto& budgets = own == request_.budgets_of.end() ? request_.budgets : own->second;
+      if (!m.budgeted()) {
+        columns_.push_back({&m, {}});
+      } else if (budgets.empty()) {
+        throw ConfigError(m.label + " needs a budget; add for example --budget 128");
+      }
+      for (const std::string& b : m.budgeted() ? budgets : std::vector<std::string>{}) {
+        columns_.push_back({&m, Budget::parse(b)});
+        if (std::find(budgets_.begin(), budgets_.end(), b) == budgets_.end()) {
+          budgets_.push_back(b);
         }
       }
     }
@@ -204,6 +215,7 @@ class Run {
       for (const PartUse& c : compensators_) {
         check_tables(*input, c, Scope::kv_head);
       }
+      std::vector<Column> fit;
       for (const Column& c : columns_) {
         const Method& m = *c.method;
         const Needs needs = m.needs();
@@ -234,17 +246,36 @@ class Run {
         for (const PartUse* part : m.parts()) {
           check_tables(*input, *part, m.traits.scope);
         }
-        const std::vector<int> budgets = layer_budgets(*input, c);
-        for (std::size_t i = 0; i < budgets.size(); ++i) {
-          const int prompt_budget = m.prefill_budget.unit == Budget::Unit::none
-                                        ? 0
-                                        : tokens(*input, m, m.prefill_budget, m.prefill_traits.scope);
-          m.check(budgets[i], prompt_budget);
-          if (!needs.evicted_at.empty()) {
-            read_evicted_at(*input, m, needs.evicted_at, input->layers[i]);
-          }
+        if (fits(*input, c)) {
+          fit.push_back(c);
+        }
+        for (int layer : needs.evicted_at.empty() ? std::vector<int>{} : input->layers) {
+          read_evicted_at(*input, m, needs.evicted_at, layer);
         }
       }
+      columns_ = std::move(fit);
+    }
+    if (columns_.empty()) {
+      throw ConfigError(outcome_.left_out.front().why);
+    }
+  }
+
+  // Whether a column's budget holds what its method protects; ConfigError, or left out where the request says so.
+  bool fits(const Input& input, const Column& c) {
+    const Method& m = *c.method;
+    try {
+      for (const int budget : layer_budgets(input, c)) {
+        m.check(budget, m.prefill_budget.unit == Budget::Unit::none
+                            ? 0
+                            : tokens(input, m, m.prefill_budget, m.prefill_traits.scope));
+      }
+      return true;
+    } catch (const ConfigError& e) {
+      if (!request_.leave_out_unfit) {
+        throw;
+      }
+      outcome_.left_out.push_back({m.label, c.budget.text, e.what()});
+      return false;
     }
   }
 
@@ -594,7 +625,7 @@ class Run {
                               {"deviation", preset ? preset->deviation : m->select.info->deviation},
                               {"value_tables", tables}});
     }
-    j["budgets"] = request_.budgets;
+    j["budgets"] = budgets_;
     j["compensators"] = json::array();
     j["compensator_tables"] = json::object();
     for (const PartUse& c : compensators_) {
@@ -618,7 +649,7 @@ class Run {
   std::chrono::steady_clock::time_point start_;
   std::string started_;
   std::vector<std::unique_ptr<Method>> methods_;
-  std::vector<Budget> budgets_;
+  std::vector<std::string> budgets_;  // asked for, of all methods or of one
   std::vector<PartUse> compensators_;
   std::vector<Column> columns_;
   std::vector<std::unique_ptr<Input>> inputs_;

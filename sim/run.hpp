@@ -3,6 +3,7 @@
 #include <atomic>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,10 @@ struct RunRequest {
   std::vector<std::filesystem::path> traces;
   std::vector<std::string> methods;  // texts, one each
   std::vector<std::string> budgets;
+  std::map<std::string, std::vector<std::string>> budgets_of;  // by a method's text: its own, in place of `budgets`
+  // "@NAME" in a method's text, where the file lies elsewhere. Results name the method by its text all the same.
+  std::map<std::string, std::filesystem::path> tables;
+  bool leave_out_unfit = false;  // a method that does not fit a budget is left out there, and named in the outcome
   std::vector<std::string> compensators;  // measured beside every method; empty: none
   bool compensators_given = false;        // false: dropped where a soft-cap forbids them
   MetricSet metrics = MetricSet::all();
@@ -36,7 +41,11 @@ struct RunRequest {
 };
 
 struct RunOutcome {
+  struct LeftOut {
+    std::string label, budget, why;
+  };
   int n_cells = 0;
+  std::vector<LeftOut> left_out;
   bool interrupted = false;
   bool trace_failed = false;        // a trace could not be read to its end
   std::vector<std::string> failed;  // one sentence per cell or trace that failed

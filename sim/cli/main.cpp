@@ -17,6 +17,7 @@
 #include "sim/cli/report_command.hpp"
 #include "sim/cli/run_command.hpp"
 #include "sim/cli/trace_commands.hpp"
+#include "sim/cli/tune_command.hpp"
 #include "sim/version.hpp"
 #include "traces/errors.hpp"
 
@@ -65,6 +66,7 @@ int main(int argc, char** argv) {
   app.fallthrough(false);
   add_run_command(app);
   add_policies_command(app);
+  add_tune_command(app);
   add_compare_command(app);
   add_report_command(app);
   add_explain_command(app);

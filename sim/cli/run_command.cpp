@@ -1,14 +1,18 @@
 #include "sim/cli/run_command.hpp"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <thread>
+#include <utility>
 
+#include "analysis/tuned_methods.hpp"
 #include "policies/errors.hpp"
 #include "policies/method.hpp"
 #include "sim/cli/exit.hpp"
@@ -21,7 +25,7 @@ namespace {
 
 struct Options {
   std::vector<std::string> traces, methods, budgets;
-  std::string compensators, metrics = "all", layers, detail, steps, memory, out;
+  std::string compensators, metrics = "all", layers, detail, steps, memory, out, params_from;
   int prompt_len = 0, max_steps = 0, threads = 0, checkpoints = 16;
   std::int64_t seed = 0;
   bool force = false;
@@ -46,6 +50,35 @@ void check_range(const char* option, std::int64_t value, std::int64_t least, std
   }
 }
 
+// The methods of a tuned.json, each at the budgets it was chosen for (of those asked for); others run at all of them.
+void add_tuned(RunRequest& r, const std::string& file) {
+  const TunedMethods tuned = read_tuned(file);
+  const std::vector<std::string> asked = r.budgets.empty() ? tuned.budgets : r.budgets;
+  const std::vector<std::string> others = std::exchange(r.methods, {});
+  for (const std::string& method : tuned.methods) {
+    const std::vector<std::string>& own = tuned.budgets_of.at(method);
+    std::vector<std::string> both;
+    std::copy_if(own.begin(), own.end(), std::back_inserter(both),
+                 [&](const std::string& b) { return std::find(asked.begin(), asked.end(), b) != asked.end(); });
+    const bool also_asked = std::find(others.begin(), others.end(), method) != others.end();
+    if (!both.empty() || own.empty() || also_asked) {
+      r.methods.push_back(method);
+      r.budgets_of[method] = also_asked ? asked : both;
+    }
+  }
+  if (r.methods.empty()) {
+    throw ConfigError(fmt::format("--params-from {} has no method for budget {}; it has {}", file,
+                                  fmt::join(asked, " or "), fmt::join(tuned.budgets, ", ")));
+  }
+  for (const std::string& method : others) {
+    if (std::find(r.methods.begin(), r.methods.end(), method) == r.methods.end()) {
+      r.methods.push_back(method);
+    }
+  }
+  r.budgets = asked;
+  r.tables = tuned.tables;
+}
+
 RunRequest request_of(const Options& o, bool compensators_given) {
   RunRequest r;
   r.traces.assign(o.traces.begin(), o.traces.end());
@@ -58,6 +91,13 @@ RunRequest request_of(const Options& o, bool compensators_given) {
     for (std::string& b : split(text)) {
       r.budgets.push_back(std::move(b));
     }
+  }
+  if (!o.params_from.empty()) {
+    add_tuned(r, o.params_from);
+  }
+  if (r.methods.empty()) {
+    throw ConfigError(
+        "no method is given; add for example --method h2o, or --params-from with what kvreplay tune wrote");
   }
   r.compensators_given = compensators_given;
   if (o.compensators != "none") {
@@ -106,8 +146,9 @@ void add_run_command(CLI::App& app) {
   CLI::App* run_app = app.add_subcommand("run", "Replay traces under methods and write a results folder");
   auto o = std::make_shared<Options>();
   run_app->add_option("traces", o->traces, "Trace files (HDF5)")->required();
-  run_app->add_option("-m,--method", o->methods, "Methods, as 'h2o:window=128+adakv'; several, or a comma list")
-      ->required();
+  run_app->add_option("-m,--method", o->methods, "Methods, as 'h2o:window=128+adakv'; several, or a comma list");
+  run_app->add_option("--params-from", o->params_from,
+                      "Methods that `kvreplay tune` chose (its tuned.json), each at its budgets; --method adds others");
   run_app->add_option("-b,--budget", o->budgets,
                       "Tokens (128), share of the prompt (25% or 0.25) or bytes per KV head (64KiB); a comma list");
   o->compensators = "mean,moments,gaussian";

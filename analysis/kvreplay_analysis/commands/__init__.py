@@ -4,6 +4,6 @@ A command prints its result on stdout and raises UsageError, Absent or ResultsEr
 what they need inside `run`, so that a missing package is a sentence of the command line and not a traceback.
 """
 
-from . import compare, explain, figure, league, report
+from . import compare, explain, figure, league, report, tune
 
-ALL = {"report": report, "figure": figure, "compare": compare, "league": league, "explain": explain}
+ALL = {"report": report, "figure": figure, "compare": compare, "league": league, "explain": explain, "tune": tune}
