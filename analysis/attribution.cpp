@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <exception>
 #include <functional>
 #include <numeric>
 
 #include "policies/errors.hpp"
 #include "sim/exact.hpp"
+#include "sim/parallel.hpp"
 
 namespace kvreplay {
 namespace {
@@ -298,33 +298,23 @@ std::vector<LaneAttribution> attribute(const Layer& layer, const CellResult& cel
   const bool per_head = cell.evicted_at.size() == std::size_t(layer.n_heads) && layer.n_heads > layer.n_kv_heads;
   const int per_kv_head = per_head ? layer.group_size : 1;
   std::vector<LaneAttribution> all(std::size_t(layer.n_kv_heads) * std::size_t(per_kv_head));
-  std::exception_ptr failed;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int h = 0; h < layer.n_kv_heads; ++h) {
-    try {
-      std::vector<Lane> lanes;
-      lanes.reserve(std::size_t(per_kv_head));
-      for (int i = 0; i < per_kv_head; ++i) {
-        lanes.emplace_back(layer, cell, h, i, per_head ? 1 : layer.group_size);
-      }
-      ExactBlock e;
-      for (Pos begin = layer.prompt_len; begin < layer.n_tokens; begin += kSteps) {
-        e.compute(layer, h, begin, std::min<int>(kSteps, layer.n_tokens - begin), ValueProduct::none, false);
-        for (Lane& lane : lanes) {
-          lane.block(e);
-        }
-      }
-      for (int i = 0; i < per_kv_head; ++i) {
-        all[std::size_t(h) * std::size_t(per_kv_head) + std::size_t(i)] = lanes[std::size_t(i)].take();
-      }
-    } catch (...) {
-#pragma omp critical(kvreplay_attribution)
-      failed = std::current_exception();
+  parallel(layer.n_kv_heads, threads, [&](int h) {
+    std::vector<Lane> lanes;
+    lanes.reserve(std::size_t(per_kv_head));
+    for (int i = 0; i < per_kv_head; ++i) {
+      lanes.emplace_back(layer, cell, h, i, per_head ? 1 : layer.group_size);
     }
-  }
-  if (failed) {
-    std::rethrow_exception(failed);
-  }
+    ExactBlock e;
+    for (Pos begin = layer.prompt_len; begin < layer.n_tokens; begin += kSteps) {
+      e.compute(layer, h, begin, std::min<int>(kSteps, layer.n_tokens - begin), ValueProduct::none, false);
+      for (Lane& lane : lanes) {
+        lane.block(e);
+      }
+    }
+    for (int i = 0; i < per_kv_head; ++i) {
+      all[std::size_t(h) * std::size_t(per_kv_head) + std::size_t(i)] = lanes[std::size_t(i)].take();
+    }
+  });
   return all;
 }
 
