@@ -1,6 +1,6 @@
 """The structure of MomentKV's analysis on this run's data: error, direction and correction layer by layer.
 
-The paper's own figures (arXiv 2606.01563, sections 2 and 3, figure 3 and table of its appendix; read off its plots where
+The paper's own figures (arXiv 2606.01563, sections 2 and 3, and its figure 3; read off its plots where
 the text has no number) stand beside them in panels of their own. They are of another model and other texts: they are
 never pooled with this run's, and no axis holds both.
 """
