@@ -55,8 +55,8 @@ def pack(results, packed, room):
 
 
 def _head(results):
-    """Curves of all layers and heads of a configuration, as lists [layer][head][point], and its worst steps where it has
-    steps; the worst points of a curve are seen from the curve."""
+    """Curves of all layers and heads of a configuration, as lists [layer][head][point], and its worst steps where it
+    has steps; the worst points of a curve are seen from the curve."""
     layers, curves, bad, step = [], {}, {}, None
     for cell in sorted(results.cells.index, key=lambda c: results.cells.at[c, "layer"]):
         blocks = head.arrays(results, cell)
@@ -86,7 +86,7 @@ def _head(results):
 
 
 def _merged(values, weights, begin):
-    """Means over groups of neighbouring blocks, weighted by their steps; (n_heads, n_blocks) → (n_heads, len(begin))."""
+    """Means over groups of neighbouring blocks, weighted by their steps: (n_heads, n_blocks) to (n_heads, len(begin))."""
     if len(begin) == len(weights):
         return values
     counted = np.isfinite(values) * weights
@@ -147,5 +147,5 @@ def sentence(results, blobs, full):
              if kind in full]
     text = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
     return (f"To stay small, this page holds {text} of the {len(order(results))} configurations (methods, budgets and "
-            "traces), those at the default budget first; kvreplay figure head, raster or pca DIR --method LABEL --budget B "
-            "--layer L --head H draws any.")
+            "traces), those at the default budget first; kvreplay figure head, raster or pca DIR --method LABEL "
+            "--budget B --layer L --head H draws any.")

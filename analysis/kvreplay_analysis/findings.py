@@ -1,5 +1,5 @@
-"""What a run found, for the first screen of its report: the best method of each group and budget at equal tokens, how far
-the best oracle is, and what a correction gives back. The numbers are those of the league and of the table."""
+"""What a run found, for the first screen of its report: the best method of each group and budget at equal tokens, how
+far the best oracle is, and what a correction gives back. The numbers are those of the league and of the table."""
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,8 @@ def best(league, compensated=False):
         second = ranked.iloc[1] if len(ranked) > 1 else {}
         oracle = here[here["label"] == first["oracle"]]
         rows.append({
-            **first[["group", "budget", "unit", "at", "label", "error_output", "low", "high"]], "n_methods": len(ranked),
+            **first[["group", "budget", "unit", "at", "label", "error_output", "low", "high"]],
+            "n_methods": len(ranked),
             "next": second.get("label", ""), "next_error": second.get("error_output", np.nan),
             "next_low": second.get("low", np.nan), "next_high": second.get("high", np.nan), "base": first["base"],
             "oracle": first["oracle"], "oracle_error": oracle["error_output"].iloc[0] if len(oracle) else np.nan,
@@ -71,7 +72,9 @@ def sentences(results, table, at_tokens, at_bytes, number, shown=str):
     budget = results.default_budget
     for row in at_tokens[at_tokens["budget"] == budget].itertuples() if len(at_tokens) else []:
         text = _about_best(row, number, shown)
-        same = at_bytes[(at_bytes["budget"] == budget) & (at_bytes["group"] == row.group)] if len(at_bytes) else at_bytes
+        same = at_bytes
+        if len(same):
+            same = same[(same["budget"] == budget) & (same["group"] == row.group)]
         if len(same) and row.unit == "tokens":
             other = same.iloc[0]
             text += (f" At equal bytes ({number(other['at'])} per KV head, the state of corrections charged) "
@@ -106,7 +109,8 @@ def _about_best(row, number, shown):
         text += "."
     if row.left_out:
         n = len(row.left_out)
-        text += f" {n} method{'' if n == 1 else 's'} not measured near this size: {', '.join(map(shown, row.left_out))}."
+        text += f" {n} method{'' if n == 1 else 's'} not measured near this size: "
+        text += f"{', '.join(map(shown, row.left_out))}."
     return text
 
 

@@ -237,7 +237,9 @@ def _traces(results):
             "architecture": as_text(trace.get("architecture")),
             "provenance": as_text(trace.get("provenance") or trace.get("generator")), "n_tokens": as_text(n_tokens),
             "prompt_len": as_text(prompt_len), "decode": decode, "element": as_text(trace.get("element")),
-            "layers": as_text(trace.get("layers")), "n_layers": results.cells.loc[results.cells["trace"] == trace.get("stem"), "layer"].nunique(), "hash": as_text(trace.get("content_hash")),
+            "layers": as_text(trace.get("layers")),
+            "n_layers": results.cells.loc[results.cells["trace"] == trace.get("stem"), "layer"].nunique(),
+            "hash": as_text(trace.get("content_hash")),
             "skipped": "; ".join(f"{s.get('layer')}: {s.get('reason')}" if isinstance(s, dict) else str(s)
                                  for s in skipped)})
     return out

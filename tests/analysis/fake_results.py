@@ -175,7 +175,8 @@ def _put_details(file, plan, index, cell):
             life = rng.geometric(1.0 / budget, out.shape)
             out = np.minimum(born + life, n_steps).astype(np.int32)
             out[:, :prompt_len] = (n_steps if cell["group"] == "pinned" else
-                                   np.where(rng.random((plan.n_kv_heads, prompt_len)) < budget / prompt_len, n_steps, 0))
+                                   np.where(rng.random((plan.n_kv_heads, prompt_len)) < budget / prompt_len, n_steps,
+                                            0))
         file[f"evicted_at/{index:06d}"] = out
         if cell["group"] == "selection":
             bits = rng.random((n_heads, n_steps, n_tokens)) < budget / n_tokens

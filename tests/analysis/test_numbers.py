@@ -228,7 +228,8 @@ def test_the_papers_values_stay_apart(results):
     paper = frames["paper"]
     assert paper["source"].str.contains("2606.01563").all()
     of = paper.set_index("quantity")["low"]
-    assert (of["mean of evicted_mass"], of["mean of cos_retained_evicted"], of["mean of error"]) == (0.075, -0.011, 0.214)
+    assert (of["mean of evicted_mass"], of["mean of cos_retained_evicted"], of["mean of error"]) == (0.075, -0.011,
+                                                                                                     0.214)
     for part in ("error", "cos", "removed", "means"):
         assert set(frames[part]["label"]) <= set(results.labels)
     picture = figures.layers.draw(results, frames=frames)
@@ -385,7 +386,8 @@ def test_page_holds_the_numbers_of_every_head(detailed_results, detailed, detail
     np.testing.assert_allclose(planes["length"][1][6][i], frames["vectors"]["length"], rtol=5.1e-3)
     assert planes["explained"][1][6][i] == pytest.approx(frames["plane"]["explained"].iloc[0], rel=5.1e-3)
     rasters = blobs["raster/story/h2o/32"]
-    share = figures.raster.data(detailed_results.only(label="h2o"), "32", layer=3, head=6)["share"]["retained"].to_numpy()
+    share = figures.raster.data(detailed_results.only(label="h2o"), "32", layer=3,
+                                head=6)["share"]["retained"].to_numpy()
     got = np.array(rasters["share"][1][rasters["sets"][1][6]], float).ravel()
     np.testing.assert_array_equal(got >= 0, np.isfinite(share))
     np.testing.assert_allclose(got[got >= 0], 100 * share[got >= 0], atol=0.5)

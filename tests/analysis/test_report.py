@@ -30,7 +30,8 @@ FULL = ("full", "full", "evictable", "none")
 def opened(page, query=""):
     """(what the console said, the document after its scripts ran)."""
     done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-                           "--virtual-time-budget=60000", f"--window-size={WINDOW}", "--dump-dom", f"{Path(page).resolve().as_uri()}{query}"],
+                           "--virtual-time-budget=60000", f"--window-size={WINDOW}", "--dump-dom",
+                           f"{Path(page).resolve().as_uri()}{query}"],
                           capture_output=True, text=True, timeout=180)
     return [line for line in done.stderr.splitlines() if ":CONSOLE" in line], done.stdout
 
@@ -153,7 +154,8 @@ def test_league_is_chosen_and_sorted(written, tmp_path):
 @pytest.fixture(scope="module")
 def detailed(tmp_path_factory):
     """(folder, page) of a run with everything that --detail writes, on two traces of one model."""
-    plan = Plan(methods=[FULL, H2O, ("snapkv", "snapkv", "evictable", "none"), ("streaming", "streaming", "evictable", "none"),
+    plan = Plan(methods=[FULL, H2O, ("snapkv", "snapkv", "evictable", "none"), ("streaming", "streaming", "evictable",
+                                                                                "none"),
                          ("full+quest", "full+quest", "selection", "none")], budgets=[32, 64], layers=[2, 5, 7],
                 traces=[("a", "m", 64, 150), ("b", "m", 80, 130)], detail=("steps", "retained", "outputs"),
                 output_steps=(10, 100))
@@ -460,7 +462,8 @@ def test_figures_of_one_head(capsys, detailed, tmp_path):
     for name, more in (("head", []), ("raster", []), ("pca", ["--step", "100"])):
         for format in ("pdf", "svg"):
             to = tmp_path / f"{name}.{format}"
-            assert main(["figure", name, str(out), "--trace", "b", "--method", "h2o", "--layer", "5", "--head", "3", "--style",
+            assert main(["figure", name, str(out), "--trace", "b", "--method", "h2o", "--layer", "5", "--head", "3",
+                         "--style",
                          "single", "--out", str(to), *more]) == 0
             assert to.stat().st_size > 4000
     capsys.readouterr()

@@ -14,7 +14,8 @@ def add(commands):
     parser.add_argument("--budget", help="budget as it was asked")
     parser.add_argument("--method", action="append", metavar="LABEL", help="only this method; may be repeated")
     for name, what in (("layer", "layer"), ("head", "query head"), ("step", "stored decode step")):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} of a figure of one head; default: where the "
+        parser.add_argument(f"--{name}", type=int, metavar="N",
+                            help=f"{what} of a figure of one head; default: where the "
                             "error is greatest")
 
 

@@ -1,6 +1,6 @@
 """The structure of MomentKV's analysis on this run's data: error, direction and correction layer by layer.
 
-The paper's own figures (arXiv 2606.01563, sections 2 and 3, figure 3 and table of its appendix; read off its plots where
+The paper's own figures (arXiv 2606.01563, sections 2 and 3, and its figure 3; read off its plots where
 the text has no number) stand beside them in panels of their own. They are of another model and other texts: they are
 never pooled with this run's, and no axis holds both.
 """
@@ -41,7 +41,8 @@ PAPER = pd.DataFrame(
      *(("removed", "128", layer, layer, share, share) for layer, share in
        zip((0, 4, 8, 12, 16, 20, 24, 28, 31), (0.40, 0.42, 0.39, 0.37, 0.34, 0.32, 0.33, 0.36, 0.36))),
      ("cos_estimate", "128", 0, 0, 0.73, 0.73), ("cos_estimate", "128", 9, 25, 0.95, 0.98),
-     ("mean of evicted_mass", "128", 0, 31, 0.075, 0.075), ("mean of cos_retained_evicted", "128", 0, 31, -0.011, -0.011),
+     ("mean of evicted_mass", "128", 0, 31, 0.075, 0.075), ("mean of cos_retained_evicted", "128", 0, 31, -0.011,
+                                                            -0.011),
      ("mean of error", "128", 0, 31, 0.214, 0.214)],
     columns=["quantity", "budget", "first_layer", "last_layer", "low", "high"])
 PAPER["source"] = [
@@ -75,11 +76,13 @@ def data(results, budget=None):
         for c in mine.compensators:
             if c != "none":
                 removed += [{"label": label, "budget": asked, "compensator": c, **row} for row in
-                            _by_layer(mine, [("error", ""), ("error_corrected", c)], bootstrap.removed_share, "removed")]
+                            _by_layer(mine, [("error", ""), ("error_corrected", c)], bootstrap.removed_share,
+                                      "removed")]
         means.append({"label": label, "budget": asked, **{m: of_run.get((label, asked, m), np.nan) for m in MEANS}})
     columns = ["label", "budget", "layer", "of", "n", *QUANTILES]
     of_removed = ["label", "budget", "compensator", "layer", "n", "error", "error_corrected", "removed", "low", "high"]
-    return {"error": error, "cos": pd.DataFrame(cos, columns=columns), "removed": pd.DataFrame(removed, columns=of_removed),
+    return {"error": error, "cos": pd.DataFrame(cos, columns=columns), "removed": pd.DataFrame(removed,
+                                                                                               columns=of_removed),
             "means": pd.DataFrame(means), "paper": PAPER.copy()}
 
 
@@ -181,8 +184,10 @@ def draw(results, budget=None, style="double", frames=None):
         ours[1].plot(cos["layer"], cos["p50"], color="#0072b2", marker="o")
     for c, line in removed.groupby("compensator", sort=False):
         colour, marker = compensator_look(c)
-        ours[2].plot(line["layer"], line["removed"].clip(lower=-1), color=colour, marker=marker, label=compensator_title(c))
-        ours[2].fill_between(line["layer"], line["low"].clip(lower=-1), line["high"].clip(lower=-1), color=colour, alpha=0.18,
+        ours[2].plot(line["layer"], line["removed"].clip(lower=-1), color=colour, marker=marker,
+                     label=compensator_title(c))
+        ours[2].fill_between(line["layer"], line["low"].clip(lower=-1), line["high"].clip(lower=-1), color=colour,
+                             alpha=0.18,
                              linewidth=0)
     for row in PAPER[PAPER["quantity"] == "error"].itertuples():
         _mark(theirs[0], row, *PAPER_BUDGETS[row.budget])
@@ -212,7 +217,8 @@ def draw(results, budget=None, style="double", frames=None):
     if removed["removed"].max() > 0:
         ours[2].set_ylim(min(0.0, 1.1 * max(-1.0, np.nanmin(removed["low"].fillna(0)))), 1)
     handles = [h for ax in (ours[0], ours[2]) for h in ax.get_legend_handles_labels()[0]]
-    top.legend(handles=handles, loc="outside lower center", ncols=4 if double else 2, handlelength=2.4, columnspacing=1.2,
+    top.legend(handles=handles, loc="outside lower center", ncols=4 if double else 2, handlelength=2.4,
+               columnspacing=1.2,
                **({} if double else {"fontsize": 6.2}))
     return figure
 
@@ -235,7 +241,8 @@ def interactive(results, frames):
             line, (colour, marker) = error[error["budget"] == b], budget_look(i)
             traces.append({
                 "type": "scatter", "mode": "lines+markers", "name": f"budget {b}" if b else label,
-                "x": [int(v) for v in line["layer"]], "y": rounded(line["error"]), "line": {"color": colour, "width": 2},
+                "x": [int(v) for v in line["layer"]], "y": rounded(line["error"]), "line": {"color": colour,
+                                                                                            "width": 2},
                 "marker": {"color": colour, "symbol": plotly_marker(marker), "size": 8},
                 "error_y": {"type": "data", "symmetric": False, "color": colour, "thickness": 1,
                             "array": rounded(line["high"] - line["error"]),
@@ -244,10 +251,12 @@ def interactive(results, frames):
         x = [int(v) for v in cos["layer"]]
         for low, high, colour, name in (("p5", "p95", "#0072b226", "90 % of the cosines"),
                                         ("p25", "p75", "#0072b24d", "50 % of the cosines")):
-            traces.append({"type": "scatter", "mode": "lines", "line": {"width": 0}, "fill": "toself", "fillcolor": colour,
+            traces.append({"type": "scatter", "mode": "lines", "line": {"width": 0}, "fill": "toself",
+                           "fillcolor": colour,
                            "name": name, "hoverinfo": "skip", "x": x + x[::-1],
                            "y": rounded([*cos[low], *cos[high][::-1]]), "xaxis": "x2", "yaxis": "y2"})
-        traces.append({"type": "scatter", "mode": "lines+markers", "name": "median cosine", "x": x, "y": rounded(cos["p50"]),
+        traces.append({"type": "scatter", "mode": "lines+markers", "name": "median cosine", "x": x,
+                       "y": rounded(cos["p50"]),
                        "xaxis": "x2", "yaxis": "y2", "line": {"color": "#3a8fd0", "width": 2}, "marker": {"size": 8},
                        "customdata": [rounded(row) for row in cos[list(QUANTILES)].to_numpy()],
                        "hovertemplate": "layer %{x}<br>median %{y:.3f}<br>50 %: %{customdata[1]} to %{customdata[3]}<br>"
@@ -257,7 +266,8 @@ def interactive(results, frames):
             name = compensator_title(c)
             traces.append({
                 "type": "scatter", "mode": "lines+markers", "name": name, "xaxis": "x3", "yaxis": "y3",
-                "x": [int(v) for v in line["layer"]], "y": rounded(line["removed"]), "line": {"color": colour, "width": 2},
+                "x": [int(v) for v in line["layer"]], "y": rounded(line["removed"]), "line": {"color": colour,
+                                                                                              "width": 2},
                 "marker": {"color": colour, "symbol": plotly_marker(marker), "size": 8},
                 "error_y": {"type": "data", "symmetric": False, "color": colour, "thickness": 1,
                             "array": rounded(line["high"] - line["removed"]),
@@ -291,7 +301,8 @@ def _paper_traces():
     colour, marker = compensator_look("moments")
     traces.append({"type": "scatter", "mode": "lines+markers", "xaxis": "x6", "yaxis": "y6", "showlegend": False,
                    "x": [int(v) for v in share["first_layer"]], "y": rounded(share["low"]),
-                   "line": {"color": colour, "width": 2}, "marker": {"color": colour, "symbol": plotly_marker(marker), "size": 8},
+                   "line": {"color": colour, "width": 2}, "marker": {"color": colour, "symbol": plotly_marker(marker),
+                                                                     "size": 8},
                    "hovertemplate": "paper, figure 3<br>layer %{x}<br>removes %{y:.0%}<extra></extra>"})
     return traces
 
@@ -308,7 +319,8 @@ def _layout(name, frames, label):
                                     "title": {"text": "layer"}}
         layout[f"yaxis{suffix}"] = {"anchor": f"x{suffix}", "domain": [0.6, 0.92] if top else [0.0, 0.32]}
         layout["annotations"].append({
-            "text": ("<b>error</b>", "<b>cos(f_R, f_E)</b>", "<b>share of the error removed</b>")[i % 3], "xref": "paper",
+            "text": ("<b>error</b>", "<b>cos(f_R, f_E)</b>", "<b>share of the error removed</b>")[i % 3],
+            "xref": "paper",
             "yref": "paper", "x": left, "y": 0.93 if top else 0.33, "xanchor": "left", "yanchor": "bottom",
             "showarrow": False})
     layers = sorted(set(frames["error"].loc[frames["error"]["label"] == label, "layer"]))
@@ -331,7 +343,8 @@ def _layout(name, frames, label):
             "right" if row.first_layer == 29 else "center", "yanchor": "bottom" if row.first_layer == 9 else
             "top" if row.first_layer == 1 else "middle", "xshift": 8 if row.last_layer == 0 else
             -8 if row.first_layer == 29 else 0})
-    layout["annotations"].append({"text": "the layers' medians lie in here", "xref": "x5", "yref": "y5", "x": 15.5, "y": 0.27,
+    layout["annotations"].append({"text": "the layers' medians lie in here", "xref": "x5", "yref": "y5", "x": 15.5,
+                                  "y": 0.27,
                                   "showarrow": False, "font": {"size": 10}, "yanchor": "bottom"})
     layout["annotations"] += [{"text": text, "xref": "paper", "yref": "paper", "x": 0, "y": y, "xanchor": "left",
                                "align": "left", "yanchor": "bottom", "showarrow": False} for text, y in heads]

@@ -109,7 +109,8 @@ def draw(results, budget=None, style="double", frames=None, layer=None, head=Non
     labels = list(dict.fromkeys(frame["label"]))[:N_PANELS[style]]
     n_columns = min(len(labels), 3 if style == "double" else 1)
     n_rows = -(-len(labels) // n_columns)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(WIDTHS[style] if n_columns > 1 or style == "single" else 4.2,
+    figure, axes = plt.subplots(n_rows, n_columns,
+                                figsize=(WIDTHS[style] if n_columns > 1 or style == "single" else 4.2,
                                                             0.45 + 1.75 * n_rows),
                                 squeeze=False, layout="constrained", sharex=True, sharey=True)
     colours = plt.get_cmap("Blues").with_extremes(bad="#e3e3e3")
@@ -121,7 +122,8 @@ def draw(results, budget=None, style="double", frames=None, layer=None, head=Non
         matrix = mine.pivot(index="token", columns="step", values="retained").to_numpy(dtype=float)
         tokens = [*sorted(set(mine["token"])), mine["token_end"].max()]
         steps = [*sorted(set(mine["step"])), mine["step_end"].max()]
-        image = ax.pcolormesh(steps, tokens, np.ma.masked_invalid(matrix), cmap=colours, vmin=0, vmax=1, rasterized=True)
+        image = ax.pcolormesh(steps, tokens, np.ma.masked_invalid(matrix), cmap=colours, vmin=0, vmax=1,
+                              rasterized=True)
         ax.set_facecolor("#e3e3e3")
         ax.grid(False)
         ax.set_title(shown_name(labels[i], about(results, labels[i])["foresight"]))
