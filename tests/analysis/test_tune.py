@@ -50,7 +50,7 @@ def write(folder, monkeypatch, bowl, objective=None, holdout=True, traces=(("sto
     methods = [method_of(a) for a in ("0.97", *ALPHAS)]
     plan = fake_results.Plan(methods=[(m, m, "pinned", "none") for m in methods], budgets=list(budgets),
                              traces=list(traces), layers=[0, 4], n_heads=4, n_kv_heads=2, compensators=[],
-                             detail_steps=objective["from_steps"])
+                             detail=("steps",) if objective["from_steps"] else ())
     fake_results.write(folder / "train", plan)
     if holdout:
         fake_results.write(folder / "holdout", fake_results.Plan(**{**plan.__dict__, "traces": [

@@ -129,9 +129,9 @@ def test_the_last_steps_can_be_held_out(traces, folder):
 
 def test_several_parameters_lists_and_engine_keys(traces, folder):
     pytest.importorskip("matplotlib")
-    done = tune("-m", "momentkv", "--param", "residual.window=1:16", "--param",
-                "evict=after_attention,before_attention", "--param", "adakv.alpha=0:1", "-b", "32", "--candidates", "12",
-                "--objective", "error_output+0.1*evicted_mass:p90", "--traces", traces[0], "--out", folder / "many", "--json")
+    done = tune("-m", "momentkv", "--param", "residual.window=1:16", "--param", "adakv.alpha=0:1", "--param",
+                "evict=after_attention,before_attention", "-b", "32", "--candidates", "12", "--traces", traces[0],
+                "--objective", "error_output+0.1*evicted_mass:p90", "--out", folder / "many", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {p["name"]: p["grain"] for p in found["params"]} == {"window": "head", "evict": "global", "alpha": "global"}
