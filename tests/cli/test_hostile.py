@@ -293,7 +293,8 @@ def test_changed_while_running(long_trace, tmp_path, change):
     change(path)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 3, stderr
-    assert stdout == "" and stderr.startswith("kvreplay: ") and stderr.count("\n") == 1 and "c.h5" in stderr
+    said = [line for line in stderr.splitlines() if "% done" not in line]  # a slow machine's run has shown progress
+    assert stdout == "" and len(said) == 1 and said[0].startswith("kvreplay: ") and "c.h5" in said[0]
     assert not [name for name in final_files(out) if name.endswith(".part")]
 
 
