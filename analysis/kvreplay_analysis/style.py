@@ -2,13 +2,16 @@
 
 import io
 import math
+import os
 import re
+import sys
 import zlib
 from dataclasses import dataclass
 
 import matplotlib
 
-matplotlib.use("Agg")
+if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
+    matplotlib.use("Agg")  # no display is needed; a notebook keeps the backend that shows figures in it
 import matplotlib.pyplot as plt  # noqa: E402
 
 # Readable on white and on near-black, told apart in the common forms of colour blindness together with the markers.
