@@ -26,8 +26,10 @@ void add_report_command(CLI::App& app) {
   auto from = std::make_shared<std::string>();
   auto figure_options = std::make_shared<Forwarded>(figure);
   figure
-      ->add_option("NAME", *name,
-                   "error_resident, league, pareto, correction, mismatch, mass_error, heads, taxonomy, decode or ranks")
+      ->add_option(
+          "NAME", *name,
+          "error_resident, league, pareto, correction, mismatch, mass_error, layers, heads, head, raster, pca, "
+          "taxonomy, decode or ranks")
       ->required();
   figure->add_option("DIR", *from, "Results folder that `kvreplay run --out` wrote")->required();
   figure_options->add("--format", "pdf, svg or png (default: by the ending of --out, else pdf)", "FORMAT");
@@ -36,6 +38,10 @@ void add_report_command(CLI::App& app) {
   figure_options->add("--trace", "Only these traces, separated by commas (default: what the report opens on)", "NAMES");
   figure_options->add("--budget", "Budget as it was asked (default: the one most methods share)", "BUDGET");
   figure_options->add("--method", "Only this method as it was typed; may be given several times", "LABEL")->take_all();
+  figure_options->add("--layer",
+                      "Of head, raster and pca: the model's layer number (default: where the error is greatest)", "N");
+  figure_options->add("--head", "Of head, raster and pca: the query head", "N");
+  figure_options->add("--step", "Of pca: one of the run's --steps", "N");
   figure->callback([name, from, figure_options] {
     std::vector<std::string> arguments{"figure", *name, *from};
     figure_options->append_to(arguments);
