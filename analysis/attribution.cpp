@@ -80,16 +80,19 @@ class Lane {
     }
   }
 
+  int head_of(int r) const { return kv_head_ * layer_.group_size + first_head_ + r % heads_; }  // of a row
+  int step_of(int r) const { return first_step_ + r / heads_; }
+
   // Whether the row does not attend the token, which is born.
   bool gone(Pos token, int r) const {
-    const int step = first_step_ + r / heads_;
+    const int step = step_of(r), head = head_of(r);
     if (!reads_) {
       return out_.evicted_at[std::size_t(token)] <= step;
     }
-    const auto head = std::size_t(kv_head_ * layer_.group_size + first_head_ + r % heads_);
     const std::size_t n_bytes = (std::size_t(layer_.n_tokens) + 7) / 8;
     const std::uint8_t byte =
-        cell_.attended[(head * std::size_t(layer_.n_steps()) + std::size_t(step)) * n_bytes + std::size_t(token / 8)];
+        cell_.attended[(std::size_t(head) * std::size_t(layer_.n_steps()) + std::size_t(step)) * n_bytes +
+                       std::size_t(token / 8)];
     return ((byte >> (token % 8)) & 1) == 0;
   }
 
@@ -169,8 +172,8 @@ class Lane {
     offset_.setZero(rows_);
     Eigen::RowVectorXd f_r, difference;
     for (int r = 0; r < rows_; ++r) {
-      const int head = kv_head_ * layer_.group_size + first_head_ + r % heads_;
-      const bool counts = !std::isnan(error_->row(head)[std::size_t(first_step_ + r / heads_)]);
+      const int step = step_of(r);
+      const bool counts = !std::isnan(error_->row(head_of(r))[std::size_t(step)]);
       if (!counts || lost.mass[r] <= 0 || kept.mass[r] <= 0) {
         continue;
       }
@@ -194,7 +197,7 @@ class Lane {
         const auto token = std::size_t(tokens[i]);
         out_.regret[token] += mine.sum();
         for (int s = 0; s < steps_; ++s) {
-          const double d = damage.segment(s * heads_, heads_).sum();
+          const double d = damage.segment(Eigen::Index(s) * heads_, heads_).sum();
           out_.damage[token] += d;
           if (d > out_.worst_damage[token]) {
             out_.worst_damage[token] = d;
@@ -234,7 +237,7 @@ class Lane {
       pick(e, e.weights.row(t), attention);
       attention *= inv_z_;
       for (int s = 0; s < steps_; ++s) {
-        mean(s, t) = attention.segment(s * heads_, heads_).sum() / heads_;
+        mean(s, t) = attention.segment(Eigen::Index(s) * heads_, heads_).sum() / heads_;
       }
     }
     std::vector<Pos> order;
