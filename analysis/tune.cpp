@@ -451,7 +451,7 @@ class Tuning {
   // Chooses for every case, writes the tables, runs the held-out traces and tuned.json; false where it was stopped.
   bool choose_and_check() {
     for (const Axis& a : axes_) {
-      grains_.push_back(grain_of(a, base_, n_kv_heads_, objective_));
+      grains_.push_back(grain_of(a, axes_, base_, n_kv_heads_, objective_));
     }
     fs::create_directories(part_ / "params");
     RunRequest holdout = run_request("held out, ");
