@@ -242,7 +242,7 @@ def test_the_command_writes_the_same_bytes_twice_and_says_what_json_says(tmp_pat
     assert main(["tune", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     files = sorted((tmp_path / "figures").iterdir())
-    assert [f.name for f in files] == [f"tune_{n}.{e}" for n in ("curve", "heads", "layers") for e in ("pdf", "svg")]
+    assert [f.name for f in files] == [f"tune_{n}.svg" for n in ("curve", "heads", "layers")]
     before = {f: f.read_bytes() for f in [*files, tmp_path / "tune.json"]}
     assert main(["tune", str(tmp_path), "--json"]) == 0
     assert capsys.readouterr().out == (tmp_path / "tune.json").read_text()
@@ -251,6 +251,12 @@ def test_the_command_writes_the_same_bytes_twice_and_says_what_json_says(tmp_pat
     gain = found["cases"][0]["gain"]
     assert f"{100 * gain['relative']:+.2f} %" in text
     assert "better than the default" in text and "one trace" in text and "open-loop" in text
+    # For a paper; what another format left is replaced.
+    assert main(["tune", str(tmp_path), "--format", "pdf,png", "--style", "single"]) == 0
+    assert sorted(f.name for f in (tmp_path / "figures").iterdir()) == [
+        f"tune_{n}.{e}" for n in ("curve", "heads", "layers") for e in ("pdf", "png")]
+    assert main(["tune", str(tmp_path), "--format", "pfd"]) == 2
+    assert "did you mean pdf?" in capsys.readouterr().err
     # What is drawn is what the file says, also when it is read back.
     figure = tuned_figures.draw_curve(found)
     line = next(item for item in figure.axes[0].lines if len(item.get_xdata()) > 2)
