@@ -272,6 +272,17 @@ def test_a_folder_that_is_none_is_a_sentence(tmp_path, capsys):
     assert "not readable JSON" in capsys.readouterr().err
 
 
+def test_what_does_not_fit_the_held_out_traces_has_no_number_and_says_why(tmp_path, monkeypatch):
+    tuned = tune.load(write(tmp_path, monkeypatch, bowl))
+    for where in tuned.spec["tuned"]:
+        where["global"] = "kept out"  # ran nowhere
+    tuned.spec["holdout_left_out"] = [{"method": "kept out", "budget": "32", "why": "it protects too much"}]
+    found = tune.findings(tuned)
+    assert tune.verdict(found["cases"][0]["gain"]) == "no number"
+    assert any("kept out was left out at budget 32, because it protects too much" in note for note in found["notes"])
+    assert "nan" not in tune.text(found)
+
+
 def test_one_block_has_no_interval(tmp_path, monkeypatch):
     tuned = tune.load(write(tmp_path, monkeypatch, bowl, holdout=False, traces=(("story", "m", 64, 50),)))
     case = tune.findings(tuned)["cases"][0]
@@ -284,7 +295,7 @@ def test_an_optimum_at_the_end_of_the_range_is_said_to_be(tmp_path, monkeypatch)
     tuned = tune.load(write(tmp_path, monkeypatch, lambda alpha, layer, head: alpha, chosen=chosen))
     found = tune.findings(tuned)
     assert found["cases"][0]["optimum"]["at_edge"] == ["alpha"]
-    assert "alpha at the end of the range" in tune.text(found)
+    assert "alpha near an end of the range" in tune.text(found)
 
 
 def test_places_are_even_on_the_scale():
