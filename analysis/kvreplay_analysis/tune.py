@@ -322,8 +322,8 @@ def _notes(spec, train, held):
         notes.append(f"{len(spec['left_out'])} of the candidates' runs were left out, the first because "
                      f"{spec['left_out'][0]['why']}.")
     if spec.get("holdout_left_out"):
-        notes += [f"On held-out traces {left['method']} was left out at budget {left['budget']}, because {left['why']}: "
-                  "there are no held-out numbers for it." for left in spec["holdout_left_out"]]
+        notes += [f"On held-out traces {left['method']} was left out at budget {left['budget']}, because "
+                  f"{left['why']}: there are no held-out numbers for it." for left in spec["holdout_left_out"]]
     if spec["n_refused"]:
         notes.append(f"{spec['n_refused']} values are not allowed and were left out: {spec['refused']}.")
     notes += [f"At {where['bytes']:.0f} bytes, {where['n_not_reaching']} candidates have no budgets on both sides and "
