@@ -1,6 +1,7 @@
 // How finely a parameter can be tuned.
 #pragma once
 #include <string>
+#include <vector>
 
 #include "analysis/objective.hpp"
 #include "analysis/search.hpp"
@@ -14,6 +15,8 @@ struct GrainOf {
   Grain grain = Grain::head;
   std::string why;
 };
-GrainOf grain_of(const Axis& axis, const Method& method, int n_kv_heads, const Objective& objective);
+// `axes`: all that is tuned together, since one of them may be the method's scope.
+GrainOf grain_of(const Axis& axis, const std::vector<Axis>& axes, const Method& method, int n_kv_heads,
+                 const Objective& objective);
 
 }  // namespace kvreplay

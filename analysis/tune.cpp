@@ -197,6 +197,9 @@ class Tuning {
       }
       n_steps_ = tuned_steps_;
     }
+    if (!request_.holdout.empty()) {
+      layers_to_hold_out();  // ConfigError where there are none, before anything runs
+    }
   }
 
   void prepare_folder() const {
@@ -451,7 +454,7 @@ class Tuning {
   // Chooses for every case, writes the tables, runs the held-out traces and tuned.json; false where it was stopped.
   bool choose_and_check() {
     for (const Axis& a : axes_) {
-      grains_.push_back(grain_of(a, base_, n_kv_heads_, objective_));
+      grains_.push_back(grain_of(a, axes_, base_, n_kv_heads_, objective_));
     }
     fs::create_directories(part_ / "params");
     RunRequest holdout = run_request("held out, ");
@@ -464,7 +467,7 @@ class Tuning {
     }
     if (!holdout.traces.empty()) {
       holdout.layers = layers_to_hold_out();
-      if (!done(run(holdout), nullptr)) {
+      if (!done(run(holdout), &held_left_out_)) {
         return false;
       }
     }
@@ -612,7 +615,9 @@ class Tuning {
 
   // Held-out layers that were tuned; empty where that is what they have anyway.
   std::vector<int> layers_to_hold_out() const {
-    if (std::includes(train_layers_.begin(), train_layers_.end(), holdout_layers_.begin(), holdout_layers_.end())) {
+    if (tuned_steps_ > 0 ||
+        (request_.layers.empty() &&
+         std::includes(train_layers_.begin(), train_layers_.end(), holdout_layers_.begin(), holdout_layers_.end()))) {
       return request_.layers;
     }
     std::vector<int> both;
@@ -632,6 +637,14 @@ class Tuning {
   }
 
   // ---- what is written ----
+
+  static Json as_json(const std::vector<RunOutcome::LeftOut>& left_out) {
+    Json all = Json::array();
+    for (const RunOutcome::LeftOut& l : left_out) {
+      all.push_back({{"method", l.label}, {"budget", l.budget}, {"why", l.why}});
+    }
+    return all;
+  }
 
   Json description(const Json& tuned) const {
     Json j;
@@ -682,10 +695,8 @@ class Tuning {
     for (const Candidate& c : candidates_) {
       j["candidates"].push_back({{"method", c.text}, {"values", c.values}, {"round", c.round}});
     }
-    j["left_out"] = Json::array();
-    for (const RunOutcome::LeftOut& l : left_out_) {
-      j["left_out"].push_back({{"method", l.label}, {"budget", l.budget}, {"why", l.why}});
-    }
+    j["left_out"] = as_json(left_out_);
+    j["holdout_left_out"] = as_json(held_left_out_);
     j["n_refused"] = refused_texts_.size();
     j["refused"] = refused_;
     j["traces"] = stems(request_.traces);
@@ -738,7 +749,7 @@ class Tuning {
   std::vector<int> shown_;                       // methods of each round
   std::vector<Candidate> candidates_;            // the method as it is comes first
   std::vector<std::vector<ByLayer>> measured_;   // [candidate][budget], everything
-  std::vector<RunOutcome::LeftOut> left_out_;
+  std::vector<RunOutcome::LeftOut> left_out_, held_left_out_;
   std::string refused_;  // the last sentence of a candidate that cannot be
   std::set<std::string> refused_texts_;
   mutable std::map<std::string, fs::path> tables_;  // as methods name them -> where they lie

@@ -14,7 +14,7 @@ import pandas as pd
 
 from . import bootstrap, latency
 from .errors import Absent, UsageError, nearest
-from .results import GROUPS
+from .results import GROUPS, parts
 from .tables import pooled
 
 AT = ("tokens", "bytes")
@@ -85,13 +85,15 @@ def curves(results, at="tokens", compensated=None, gpu=latency.DEFAULT):
     means = pooled(rows, ["label", "budget", "metric", "compensator"])["mean"].to_dict()
     costs_of_steps = latency.step_costs(results)
     us = latency.decode_us(costs_of_steps, gpu).to_dict()
+    labels = set(results.cells["label"])
     out = []
     for label, cells in results.cells.groupby("label", sort=False):
         what = cells.iloc[0]
         variants = [""]
         if compensated and _may_be_compensated(what):
-            variants += [c for c in results.compensators if c in what["compensators"]
-                         and state_bytes(results, c, what["method"]) is not None]
+            # Run as a method of its own, a correction has its row there, under the same name.
+            variants += [c for c in results.compensators if c in parts(what["compensators"])
+                         and f"{label}+{c}" not in labels and state_bytes(results, c, what["method"]) is not None]
         for c in variants:
             state = state_bytes(results, c, what["method"]) if c else {}
             extra = float(np.mean([state[t] for t in cells["trace"].unique()])) if c else 0.0

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau
 
 from . import taxonomy
 from .errors import Absent, UsageError, nearest
@@ -52,6 +51,8 @@ def errors(results, factor, budget=None, group="evictable"):
 def taus(table):
     """Kendall's tau-b between the rows of errors(): frame (level, level); 1 = the same order, -1 = the reverse, about 0
     = unrelated. NaN where all methods of a level are equal."""
+    from scipy.stats import kendalltau  # takes as long to load as everything else: only where it is needed
+
     values = table.to_numpy(float)
     n = len(values)
     out = np.ones((n, n))

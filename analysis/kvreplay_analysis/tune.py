@@ -239,6 +239,8 @@ def gain(base, tuned):
 
 def verdict(found, against="the default"):
     """A gain in words."""
+    if math.isnan(found["difference"]):
+        return "no number"
     if found["same"]:
         return f"is {against}" if against == "the default" else f"no other than {against}"
     if math.isnan(found["low"]):
@@ -291,6 +293,8 @@ def _notes(spec, train, held):
         if len(resampled.traces) > 1:
             return (f"{what}: intervals are over {len(resampled.traces)} traces and the blocks of steps within each"
                     + ("; so few traces say little about others." if len(resampled.traces) < 5 else "."))
+        if resampled.n_blocks < 2:
+            return f"{what}: one trace of one block of decode steps, so there are no intervals."
         rough = "; with so few blocks they are rough" if resampled.n_blocks < 10 else ""
         return (f"{what}: one trace, so intervals are over its {resampled.n_blocks} decode blocks of "
                 f"{resampled.results.block_steps} steps and speak of other steps of this text, not of other "
@@ -299,6 +303,10 @@ def _notes(spec, train, held):
     notes = [over(train, "Tuning")]
     if held:
         notes.append(over(held, "Held out"))
+        lacking = [str(layer) for layer in train.layers if layer not in held.layers]
+        if lacking:
+            notes.append(f"Held-out gains are of layers {', '.join(map(str, held.layers))} alone: the held-out traces "
+                         f"do not all have {', '.join(lacking)}.")
         if spec["holdout_from_step"]:
             notes.append(f"Held out are later steps of the texts that were tuned on, from decode step "
                          f"{spec['holdout_from_step']} on: other texts may differ more.")
@@ -313,6 +321,9 @@ def _notes(spec, train, held):
     if spec["left_out"]:
         notes.append(f"{len(spec['left_out'])} of the candidates' runs were left out, the first because "
                      f"{spec['left_out'][0]['why']}.")
+    if spec.get("holdout_left_out"):
+        notes += [f"On held-out traces {left['method']} was left out at budget {left['budget']}, because "
+                  f"{left['why']}: there are no held-out numbers for it." for left in spec["holdout_left_out"]]
     if spec["n_refused"]:
         notes.append(f"{spec['n_refused']} values are not allowed and were left out: {spec['refused']}.")
     notes += [f"At {where['bytes']:.0f} bytes, {where['n_not_reaching']} candidates have no budgets on both sides and "
@@ -335,7 +346,8 @@ def _cost_notes(case):
         if mine > (1 + SAME_COST) * base:
             what = {"bytes": "keeps {:.0f} bytes per KV head where the default keeps {:.0f}",
                     "attended": "attends {:.0f} tokens where the default attends {:.0f}"}[metric]
-            out.append(f"At budget {case_name(case)} the chosen method {what.format(mine, base)}: the gain is not at "
+            where = f"At budget {case_name(case)} the" if case["budgets"] else "The"
+            out.append(f"{where} chosen method {what.format(mine, base)}: the gain is not at "
                        "equal cost.")
     return out
 
@@ -424,7 +436,7 @@ def _optimum(params, candidates, columns, best, allowed):
         mine = number(candidates[best]["values"][i])
         if p["lo"] is not None and not math.isnan(mine):
             low, high, at = place([p["lo"], p["hi"], mine], p["scale"])
-            if min(at - low, high - at) < NEAR_EDGE * (high - low):
+            if low <= at <= high and min(at - low, high - at) < NEAR_EDGE * (high - low):
                 out["at_edge"].append(p["name"])
     return out
 
@@ -523,6 +535,8 @@ def _place(case, name):
 
 
 def _change(g):
+    if math.isnan(g["difference"]):
+        return ""
     return f"{100 * g['relative']:+.2f} %" if not math.isnan(g["relative"]) else f"{g['difference']:+.4g}"
 
 
@@ -551,7 +565,7 @@ def text(found):
         g, edges = case["gain"], case["optimum"]["at_edge"]
         rows.append([case_name(case), *(v for n in names for v in (case["optimum"]["values"][n], _place(case, n))),
                      short(g["base"]), short(g["tuned"]), _change(g), _change_interval(g),
-                     verdict(g) + (f"; {', '.join(edges)} at the end of the range" if edges else "")])
+                     verdict(g) + (f"; {', '.join(edges)} near an end of the range" if edges else "")])
     lines += _aligned(header, rows)
     for grain, words in (("layer", "per layer"), ("head", "per layer and KV head")):
         if all(case[grain] is None for case in found["cases"]):

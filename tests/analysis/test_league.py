@@ -217,6 +217,17 @@ def test_state_of_a_compensator_is_charged(tmp_path):
     assert [c.name for c in league.curves(silent, "bytes")] == ["h2o", "own", "acting"]
 
 
+def test_a_correction_run_as_a_method_has_one_row(tmp_path):
+    size = {b: {"bytes": 1000.0 * b, "bytes_read": 1000.0 * b, "resident": b, "attended": b} for b in (1, 2)}
+    cells = [cell("h2o", b, {**size[b], "error_output": 0.1, "error_corrected.moments": 0.05}, compensators="moments")
+             for b in size]
+    cells += [cell("h2o+moments", b, {**size[b], "error_output": 0.05}, acting="moments") for b in size]
+    found = league.curves(load(exact_results.write(tmp_path / "r", cells)), "bytes")
+    assert [c.name for c in found] == ["h2o", "h2o+moments"]
+    assert found[1].acting == "moments" and not found[1].compensator
+
+
+
 def test_selection_is_compared_by_bytes_read(tmp_path):
     cells = [cell(label, b, {"error_output": e / b, "resident": 144, "attended": b, "bytes": 4608, "bytes_read": r * b},
                   group="selection", method=f"full+{label}")

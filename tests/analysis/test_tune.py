@@ -242,7 +242,7 @@ def test_the_command_writes_the_same_bytes_twice_and_says_what_json_says(tmp_pat
     assert main(["tune", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     files = sorted((tmp_path / "figures").iterdir())
-    assert [f.name for f in files] == [f"tune_{n}.{e}" for n in ("curve", "heads", "layers") for e in ("pdf", "svg")]
+    assert [f.name for f in files] == [f"tune_{n}.svg" for n in ("curve", "heads", "layers")]
     before = {f: f.read_bytes() for f in [*files, tmp_path / "tune.json"]}
     assert main(["tune", str(tmp_path), "--json"]) == 0
     assert capsys.readouterr().out == (tmp_path / "tune.json").read_text()
@@ -251,6 +251,12 @@ def test_the_command_writes_the_same_bytes_twice_and_says_what_json_says(tmp_pat
     gain = found["cases"][0]["gain"]
     assert f"{100 * gain['relative']:+.2f} %" in text
     assert "better than the default" in text and "one trace" in text and "open-loop" in text
+    # For a paper; what another format left is replaced.
+    assert main(["tune", str(tmp_path), "--format", "pdf,png", "--style", "single"]) == 0
+    assert sorted(f.name for f in (tmp_path / "figures").iterdir()) == [
+        f"tune_{n}.{e}" for n in ("curve", "heads", "layers") for e in ("pdf", "png")]
+    assert main(["tune", str(tmp_path), "--format", "pfd"]) == 2
+    assert "did you mean pdf?" in capsys.readouterr().err
     # What is drawn is what the file says, also when it is read back.
     figure = tuned_figures.draw_curve(found)
     line = next(item for item in figure.axes[0].lines if len(item.get_xdata()) > 2)
@@ -266,6 +272,17 @@ def test_a_folder_that_is_none_is_a_sentence(tmp_path, capsys):
     assert "not readable JSON" in capsys.readouterr().err
 
 
+def test_what_does_not_fit_the_held_out_traces_has_no_number_and_says_why(tmp_path, monkeypatch):
+    tuned = tune.load(write(tmp_path, monkeypatch, bowl))
+    for where in tuned.spec["tuned"]:
+        where["global"] = "kept out"  # ran nowhere
+    tuned.spec["holdout_left_out"] = [{"method": "kept out", "budget": "32", "why": "it protects too much"}]
+    found = tune.findings(tuned)
+    assert tune.verdict(found["cases"][0]["gain"]) == "no number"
+    assert any("kept out was left out at budget 32, because it protects too much" in note for note in found["notes"])
+    assert "nan" not in tune.text(found)
+
+
 def test_one_block_has_no_interval(tmp_path, monkeypatch):
     tuned = tune.load(write(tmp_path, monkeypatch, bowl, holdout=False, traces=(("story", "m", 64, 50),)))
     case = tune.findings(tuned)["cases"][0]
@@ -278,7 +295,7 @@ def test_an_optimum_at_the_end_of_the_range_is_said_to_be(tmp_path, monkeypatch)
     tuned = tune.load(write(tmp_path, monkeypatch, lambda alpha, layer, head: alpha, chosen=chosen))
     found = tune.findings(tuned)
     assert found["cases"][0]["optimum"]["at_edge"] == ["alpha"]
-    assert "alpha at the end of the range" in tune.text(found)
+    assert "alpha near an end of the range" in tune.text(found)
 
 
 def test_places_are_even_on_the_scale():

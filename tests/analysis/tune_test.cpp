@@ -119,8 +119,10 @@ TEST_CASE("low fidelities are cheap, look where something is evicted, and are sk
 }
 
 TEST_CASE("what cannot follow layers or heads is tuned once, and it says why") {
-  const auto grain = [](const std::string& method, const std::string& param, const std::string& objective = "error") {
-    return grain_of(Axis::parse(param, method, params_of(method)), parse_method(method), 4,
+  const auto grain = [](const std::string& method, const std::string& param, const std::string& objective = "error",
+                        const std::string& other = "interval=1,2") {
+    const Axis axis = Axis::parse(param, method, params_of(method));
+    return grain_of(axis, {axis, Axis::parse(other, method, params_of(method))}, parse_method(method), 4,
                     Objective::parse(objective));
   };
   CHECK(grain("h2o", "window=1:8").grain == Grain::head);
@@ -132,6 +134,10 @@ TEST_CASE("what cannot follow layers or heads is tuned once, and it says why") {
   CHECK(grain("h2o", "interval=1:8").grain == Grain::global);
   CHECK(grain("h2o+adakv", "alpha=0:1").grain == Grain::global);
   CHECK(grain("h2o", "window=1:8", "projected_error").grain == Grain::layer);
+  // Where the scope itself is tuned, the method that is chosen may be of either.
+  CHECK(grain("h2o", "window=1:8", "error", "scope=layer,kv_head").grain == Grain::layer);
+  CHECK(grain("h2o", "window=1:8", "error", "scope=query_head").grain == Grain::head);
+  CHECK(grain("moment-kv", "alpha=0.3:0.9", "error", "scope=kv_head").grain == Grain::layer);
 }
 
 TEST_CASE("the choice for everything, per layer and per KV head is that of separate runs") {

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..errors import Absent
-from ..style import WIDTHS, grid, legend_below, paper, plt, to_bytes
+from ..style import FORMATS, WIDTHS, grid, legend_below, paper, plt, to_bytes
 from ..tune import case_name, number, per_head, per_layer
 
 CURVE, TUNED, BASE = "#0072b2", "#cc3355", "#555555"
@@ -223,8 +223,9 @@ def _functions(scale, low, high):
     return (lambda x: np.asarray(x, float)), (lambda y: np.asarray(y, float))
 
 
-def write(found, folder):
-    """FOLDER/figures/tune_*.pdf and .svg, one set per parameter; those that this tuning cannot have are left out."""
+def write(found, folder, formats=("svg",), style="double"):
+    """FOLDER/figures/tune_*.FORMAT, one set per parameter; those that this tuning cannot have are left out, and what
+    an earlier call left is replaced."""
     from ..report import write_whole
 
     folder = Path(folder) / "figures"
@@ -234,13 +235,13 @@ def write(found, folder):
     for base, draw in (("tune_curve", draw_curve), ("tune_layers", draw_layers), ("tune_heads", draw_heads)):
         for name in names:
             stem = base if len(names) == 1 else f"{base}-{name}"
-            for format in ("pdf", "svg"):
+            for format in FORMATS:
                 (folder / f"{stem}.{format}").unlink(missing_ok=True)
             try:
-                picture = draw(found, param=name)
+                picture = draw(found, style, name)
             except Absent:
                 continue
-            for format in ("pdf", "svg"):
+            for format in formats:
                 write_whole(folder / f"{stem}.{format}", to_bytes(picture, format))
                 written.append(folder / f"{stem}.{format}")
             plt.close(picture)
