@@ -1,11 +1,13 @@
 """What `kvreplay explain` refuses and how; that it says what it explains, and leaves nothing where it fails."""
 
 import json
+import os
 import shutil
+import sys
 
 import pytest
 
-from harness import assert_refused, final_files, good_run, kvreplay, kvtrace, make
+from harness import assert_refused, final_files, good_run, kvreplay, kvtrace, make, rows
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +118,48 @@ def test_a_table_that_changed_is_refused(trace, tmp_path):
     good_run(trace, tmp_path / "out", "-m", method, "-b", "20")
     table.write_text('{"0": 0.9, "2": 0.6}')
     assert_refused(kvreplay("explain", tmp_path / "out", "-m", method), 2, "alpha.json")
+
+
+def test_tuned_methods_are_found_with_their_tables_and_budgets(trace, tmp_path):
+    """`run --params-from` reads "@params/..." beside tuned.json, and gives each method budgets of its own."""
+    (tmp_path / "tuned" / "params").mkdir(parents=True)
+    table = tmp_path / "tuned" / "params" / "20-layer-alpha.json"
+    table.write_text('{"0": 0.9, "2": 0.5}')
+    by_layer, for_all = "momentum:alpha=@params/20-layer-alpha.json", "momentum:alpha=0.7"
+    tuned = [{"budgets": ["20"], "global": for_all, "layer": by_layer, "head": None},
+             {"budgets": ["28"], "global": for_all, "layer": None, "head": None}]
+    (tmp_path / "tuned" / "tuned.json").write_text(json.dumps({"format": "kvreplay-tuned", "tuned": tuned}))
+    out = tmp_path / "out"
+    before = good_run(trace, out, "--params-from", tmp_path / "tuned")
+    run = json.loads((out / "run.json").read_text())
+    assert {m["label"]: m["budgets"] for m in run["methods"]} == {for_all: ["20", "28"], by_layer: ["20"]}
+    assert run["table_files"] == {"params/20-layer-alpha.json": str(table)}
+    assert_refused(kvreplay("explain", out, "-m", by_layer, "-b", "28"), 2, "--budget", "'28'", "'20'")
+    folder = replayed(out, "-m", by_layer, "--against", for_all)
+    assert folder.name == "momentum-alpha--params-20-layer-alpha.json_vs_momentum-alpha-0.7_at_20"
+    again = json.loads((folder / "run.json").read_text())
+    assert again["methods"][0]["value_tables"] == run["methods"][1]["value_tables"]
+    then, now = ([r["mean"] for r in table if r["metric"] == "error" and r["label"] == by_layer]
+                 for table in (before, rows(folder)))
+    assert now == then
+    table.write_text('{"0": 0.9, "2": 0.6}')
+    assert_refused(kvreplay("explain", out, "-m", by_layer), 2, "20-layer-alpha.json")
+
+
+def test_long_methods_have_short_folders(trace, tmp_path):
+    rest = ",scope=kv_head,group=mean,interval=1,evict=before_attention,decode=evict,pool=all+kivi:bits=4,residual=32+"
+    methods = ["h2o:window=10,sink=2" + rest + "moments", "h2o:window=10,sink=2" + rest + "gaussian"]
+    good_run(trace, tmp_path / "out", "-m", methods[0], "-m", methods[1], "-b", "20")
+    folder = replayed(tmp_path / "out", "-m", methods[0], "--against", methods[1])
+    assert len(folder.name) < 220
+    one, other = folder.name.removesuffix("_at_20").split("_vs_")
+    assert one[:80] == other[:80] and one != other
+
+
+def test_principal_planes_of_an_explanation(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = replayed(results, "-m", "momentkv", "-b", "20")
+    done = kvreplay("figure", "pca", folder, "--out", tmp_path / "pca.svg",
+                    env={**os.environ, "KVREPLAY_PYTHON": sys.executable})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pca.svg").exists()
