@@ -244,14 +244,6 @@ class AttributionWriter {
     write(group, "culprit_damage", hdf5::Type::f64, lanes, &LaneAttribution::culprit_damage);
   }
 
-  // Of an earlier explanation: it must not describe other results.
-  void forget_earlier() const {
-    std::error_code ignored;
-    for (const char* old : {"attribution.h5", "tokens.csv", "explain.json", "explain.html"}) {
-      fs::remove(folder_ / old, ignored);
-    }
-  }
-
   void publish() {
     open().set("format", "kvreplay-attribution");
     open().set("format_version", "1.0");
@@ -336,21 +328,56 @@ struct OpenTrace {
   std::optional<Layer> layer;
 };
 
+// The folder that files are made in before they replace those of an earlier explanation.
+struct Draft {
+  explicit Draft(const fs::path& folder) : path(folder.string() + ".part") { forget(); }  // one that was killed
+  Draft(const Draft&) = delete;
+  ~Draft() { forget(); }
+
+  void publish(const fs::path& folder) const {
+    fs::create_directories(folder);
+    // explain.json makes it an explanation: it goes first and comes last. Nothing else may describe other results.
+    fs::remove(folder / "explain.json");
+    fs::remove(folder / "explain.html");
+    for (const char* name : {"results.h5", "summary.csv", "run.json", "attribution.h5", "tokens.csv", "explain.json"}) {
+      fs::rename(path / name, folder / name);
+    }
+  }
+
+  const fs::path path;
+
+ private:
+  void forget() const {
+    std::error_code ignored;
+    fs::remove_all(path, ignored);
+    if (fs::is_directory(fs::symlink_status(path.parent_path(), ignored))) {
+      fs::remove(path.parent_path(), ignored);  // where nothing else is in it
+    }
+  }
+};
+
 class Explain {
  public:
   explicit Explain(const ExplainRequest& request) : request_(request), recorded_(read_run(request.results)) {}
 
+  // Everything is made in a draft beside its place: an explanation that is there stays whole until another one is.
   ExplainOutcome operator()() {
     choose_traces();
     choose_methods();
-    run_.out = folder();
+    const fs::path folder = this->folder();
+    std::error_code error;
+    if (fs::exists(folder, error) && !fs::is_directory(folder, error)) {
+      throw ConfigError(folder.string() + " is not a folder; move it away");
+    }
+    const Draft draft(folder);
+    run_.out = draft.path;
     AttributionWriter writer(run_.out, request_.top);
     run_.cell = [&](const CellId& id, const CellResult& cell) { attribute_cell(id, cell, writer); };
-    ExplainOutcome outcome{.folder = run_.out, .run = run(run_)};
-    writer.forget_earlier();
+    ExplainOutcome outcome{.folder = folder, .run = run(run_)};
     if (outcome.run.failed.empty() && !outcome.run.interrupted) {
       writer.publish();
       write_whole(run_.out / "explain.json", explain_json());
+      draft.publish(folder);
     }
     return outcome;
   }

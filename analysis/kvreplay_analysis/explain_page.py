@@ -124,9 +124,9 @@ def findings(ex):
         for label, rows in frame.groupby("label", sort=False):
             again = rows["lag"].notna()
             later = rows.loc[~rows["at_prompt"], "age"]
+            half = number(rows.loc[again, "lag"].median())
             out.append(f"{label}: {percent(again.mean())} of the evictions were of tokens that were needed again"
-                       + (f", half of these within {number(rows.loc[again, 'lag'].median())} steps" if again.any()
-                          else "")
+                       + (f", half of these within {half} {'step' if half == '1' else 'steps'}" if again.any() else "")
                        + f", on average in {percent(rows['missed'].sum() / rows['steps_without'].sum())} of the steps "
                          "without them"
                        + (f"; during the decode half of them left at an age of {number(later.median())} or less."

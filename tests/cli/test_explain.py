@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
-from harness import assert_refused, final_files, good_run, kvreplay, kvtrace, make, rows
+from harness import KVREPLAY, assert_refused, final_files, good_run, kvreplay, kvtrace, make, rows
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,19 @@ def test_folders_that_are_none(tmp_path, results):
     assert_refused(kvreplay("explain", results / "run.json", "-m", "h2o"), 2, "is a file")
     (tmp_path / "run.json").write_text('{"traces": 3}')
     assert_refused(kvreplay("explain", tmp_path, "-m", "h2o"), 2, "run.json")
+
+
+def test_files_in_the_way_stay(trace, tmp_path):
+    out = tmp_path / "out"
+    good_run(trace, out, "-m", "h2o", "-b", "20")
+    (out / "explain").write_text("mine")
+    assert_refused(kvreplay("explain", out, "-m", "h2o"), 2, "explain")
+    assert (out / "explain").read_text() == "mine"
+    (out / "explain").unlink()
+    (out / "explain").mkdir()
+    (out / "explain" / "h2o_at_20").write_text("mine")
+    assert_refused(kvreplay("explain", out, "-m", "h2o"), 2, "h2o_at_20", "not a folder")
+    assert (out / "explain" / "h2o_at_20").read_text() == "mine"
 
 
 def test_trace_that_is_gone_or_another(trace, tmp_path):
@@ -163,3 +179,24 @@ def test_principal_planes_of_an_explanation(results, tmp_path):
                     env={**os.environ, "KVREPLAY_PYTHON": sys.executable})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pca.svg").exists()
+
+
+def test_stopped_in_the_middle_leaves_what_was_there(tmp_path):
+    mine = make(tmp_path / "a.h5", n_tokens=3000, n_heads=4, n_kv_heads=2, layers=(0, 1, 2))
+    good_run(mine, tmp_path / "out", "-m", "h2o", "-b", "512", "-c", "none", "--metrics", "error", "--max-steps", "8")
+    folder = replayed(tmp_path / "out", "-m", "h2o")
+    whole = {name: (folder / name).read_bytes() for name in final_files(folder)}
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    run["traces"][0]["n_tokens"] = 3000  # now there is enough to do
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    with subprocess.Popen([KVREPLAY, "explain", tmp_path / "out", "-m", "h2o", "-j", "1"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        draft = folder.parent / f"{folder.name}.part"
+        end = time.monotonic() + 60
+        while not draft.exists() and time.monotonic() < end:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.endswith("stopped before the end; nothing is written\n")
+    assert {name: (folder / name).read_bytes() for name in final_files(folder)} == whole
+    assert list(folder.parent.iterdir()) == [folder]
