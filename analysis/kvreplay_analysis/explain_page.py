@@ -141,8 +141,9 @@ def findings(ex):
             sure = r.low > 0 or r.high < 0
             out.append(
                 f"{a} against {b}: error_output {number(r.a)} and {number(r.b)}, difference {_signed(r.difference)}"
-                + (f" ({_signed(r.low)} to {_signed(r.high)})" if np.isfinite(r.low) else "")
-                + ("" if sure else ", no significant difference") + f"; {a} is better in {percent(r.wins)} of the "
+                + (f" ({_signed(r.low)} to {_signed(r.high)})" if np.isfinite(r.low)
+                   else ", too few steps for an interval")
+                + ("" if sure or not np.isfinite(r.low) else ", no significant difference") + f"; {a} is better in {percent(r.wins)} of the "
                 f"head-steps, worse in {percent(r.losses)}.")
             f = ka.factors(ex).set_index("factor")["ratio"]
             if np.isfinite(f["evicted_mass"]) and np.isfinite(f["distance"]):
