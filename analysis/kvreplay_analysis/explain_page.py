@@ -143,8 +143,8 @@ def findings(ex):
                 f"{a} against {b}: error_output {number(r.a)} and {number(r.b)}, difference {_signed(r.difference)}"
                 + (f" ({_signed(r.low)} to {_signed(r.high)})" if np.isfinite(r.low)
                    else ", too few steps for an interval")
-                + ("" if sure or not np.isfinite(r.low) else ", no significant difference") + f"; {a} is better in {percent(r.wins)} of the "
-                f"head-steps, worse in {percent(r.losses)}.")
+                + ("" if sure or not np.isfinite(r.low) else ", no significant difference")
+                + f"; {a} is better in {percent(r.wins)} of the head-steps, worse in {percent(r.losses)}.")
             f = ka.factors(ex).set_index("factor")["ratio"]
             if np.isfinite(f["evicted_mass"]) and np.isfinite(f["distance"]):
                 out.append(f"Before any correction {a}'s error is {number(f['error'], 3)} times {b}'s: it loses "
