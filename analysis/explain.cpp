@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -14,6 +15,8 @@
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
 #include "sim/load.hpp"
+#include "sim/measure.hpp"
+#include "traces/hash.hpp"
 #include "traces/hdf5.hpp"
 
 namespace kvreplay {
@@ -22,6 +25,7 @@ namespace {
 namespace fs = std::filesystem;
 using json = nlohmann::json;
 
+constexpr int kOutputSteps = 16;  // with vectors of output
 constexpr const char* kMetrics =
     "evicted_mass,error,error_output,cos_retained_evicted,norm_ratio_evicted,error_parallel,error_orthogonal,"
     "logit_variance,logit_spread,error_corrected,cos_estimate,log_mass_ratio,error_exact_mass,error_exact_direction,"
@@ -41,10 +45,12 @@ struct Recorded {
   struct RecordedMethod {
     std::string label, name;
     std::map<std::string, std::string> tables;  // path, hash
+    std::vector<std::string> budgets;           // of this method
   };
   std::vector<Trace> traces;
   std::vector<RecordedMethod> methods;
   std::vector<std::string> budgets, compensators;
+  std::map<std::string, std::string> table_files;  // where a table lay that is not called like its file
   std::uint64_t seed = 0;
 };
 
@@ -72,10 +78,14 @@ Recorded read_run(const fs::path& folder) {
                           .layers = t.at("layers"),
                           .n_skipped = t.at("layers_skipped").size()});
     }
-    for (const json& m : j.at("methods")) {
-      r.methods.push_back({.label = m.at("label"), .name = m.at("method"), .tables = m.at("value_tables")});
-    }
     r.budgets = j.at("budgets");
+    r.table_files = j.value("table_files", r.table_files);
+    for (const json& m : j.at("methods")) {
+      r.methods.push_back({.label = m.at("label"),
+                           .name = m.at("method"),
+                           .tables = m.at("value_tables"),
+                           .budgets = m.value("budgets", r.budgets)});
+    }
     r.compensators = j.at("compensators");
     r.seed = j.at("seed");
   } catch (const json::exception& e) {
@@ -83,6 +93,12 @@ Recorded read_run(const fs::path& folder) {
   }
   if (r.traces.empty() || r.methods.empty()) {
     throw ConfigError(path.string() + " names no trace or no method");
+  }
+  for (const Recorded::Trace& t : r.traces) {
+    if (t.prompt_len < 1 || t.prompt_len >= t.n_tokens) {
+      throw ConfigError(fmt::format("{} says that {} has {} tokens, {} of them prompt, which cannot be", path.string(),
+                                    t.stem, t.n_tokens, t.prompt_len));
+    }
   }
   return r;
 }
@@ -111,8 +127,14 @@ const Recorded::RecordedMethod& find_method(const Recorded& recorded, const std:
   throw ConfigError(option + ": '" + asked + "' is not there");  // not reached: one_of has thrown
 }
 
-Method parse(const Recorded::RecordedMethod& m) {
-  Method method = parse_method(m.label, read_value_table);
+Method parse(const Recorded& recorded, const Recorded::RecordedMethod& m) {
+  const TableReader read_table = [&recorded](const std::string& name) {
+    const auto it = recorded.table_files.find(name);
+    ValueTable table = read_value_table(it == recorded.table_files.end() ? name : it->second);
+    table.path = name;
+    return table;
+  };
+  Method method = parse_method(m.label, read_table);
   for (const PartUse* part : method.parts()) {
     for (const Setting& s : part->settings) {
       const auto it = s.table ? m.tables.find(s.table->path) : m.tables.end();
@@ -130,9 +152,9 @@ int tokens_of(const std::string& budget, const Recorded& recorded, const TraceIn
 }
 
 // Where methods differ most: not at the run's largest budget, where little is lost, nor at its smallest.
-std::string middle_budget(const Recorded& recorded, const TraceInfo& trace) {
+std::string middle_budget(const std::vector<std::string>& budgets, const Recorded& recorded, const TraceInfo& trace) {
   std::vector<std::pair<int, std::string>> sorted;
-  for (const std::string& text : recorded.budgets) {
+  for (const std::string& text : budgets) {
     sorted.emplace_back(tokens_of(text, recorded, trace), text);
   }
   std::stable_sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
@@ -149,13 +171,20 @@ fs::path find_trace(const Recorded::Trace& t, const ExplainRequest& request) {
                                path.string(), t.stem, request.results.string()));
 }
 
-// Name of a folder for what is explained.
+// Name of a folder for what is explained. A long one is cut, and a hash tells it from others: file systems take 255
+// bytes, and two of these stand in one name.
 std::string slug(const std::string& text) {
+  constexpr std::size_t kLongest = 96, kHashed = 12;
   std::string out;
   for (char c : text) {
     const bool plain =
         (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' || c == '_' || c == '-';
     out += plain ? c : '-';
+  }
+  if (out.size() > kLongest) {
+    Sha256 hash;
+    hash.add(std::as_bytes(std::span(text)));
+    out = out.substr(0, kLongest - kHashed - 1) + "-" + hash.hex().substr(0, kHashed);
   }
   return out;
 }
@@ -213,14 +242,6 @@ class AttributionWriter {
     write(group, "step_missed_mass", hdf5::Type::f64, lanes, &LaneAttribution::step_missed_mass);
     write(group, "culprit", hdf5::Type::i32, lanes, &LaneAttribution::culprit);
     write(group, "culprit_damage", hdf5::Type::f64, lanes, &LaneAttribution::culprit_damage);
-  }
-
-  // Of an earlier explanation: it must not describe other results.
-  void forget_earlier() const {
-    std::error_code ignored;
-    for (const char* old : {"attribution.h5", "tokens.csv", "explain.json", "explain.html"}) {
-      fs::remove(folder_ / old, ignored);
-    }
   }
 
   void publish() {
@@ -307,21 +328,56 @@ struct OpenTrace {
   std::optional<Layer> layer;
 };
 
+// The folder that files are made in before they replace those of an earlier explanation.
+struct Draft {
+  explicit Draft(const fs::path& folder) : path(folder.string() + ".part") { forget(); }  // one that was killed
+  Draft(const Draft&) = delete;
+  ~Draft() { forget(); }
+
+  void publish(const fs::path& folder) const {
+    fs::create_directories(folder);
+    // explain.json makes it an explanation: it goes first and comes last. Nothing else may describe other results.
+    fs::remove(folder / "explain.json");
+    fs::remove(folder / "explain.html");
+    for (const char* name : {"results.h5", "summary.csv", "run.json", "attribution.h5", "tokens.csv", "explain.json"}) {
+      fs::rename(path / name, folder / name);
+    }
+  }
+
+  const fs::path path;
+
+ private:
+  void forget() const {
+    std::error_code ignored;
+    fs::remove_all(path, ignored);
+    if (fs::is_directory(fs::symlink_status(path.parent_path(), ignored))) {
+      fs::remove(path.parent_path(), ignored);  // where nothing else is in it
+    }
+  }
+};
+
 class Explain {
  public:
   explicit Explain(const ExplainRequest& request) : request_(request), recorded_(read_run(request.results)) {}
 
+  // Everything is made in a draft beside its place: an explanation that is there stays whole until another one is.
   ExplainOutcome operator()() {
     choose_traces();
     choose_methods();
-    run_.out = folder();
+    const fs::path folder = this->folder();
+    std::error_code error;
+    if (fs::exists(folder, error) && !fs::is_directory(folder, error)) {
+      throw ConfigError(folder.string() + " is not a folder; move it away");
+    }
+    const Draft draft(folder);
+    run_.out = draft.path;
     AttributionWriter writer(run_.out, request_.top);
     run_.cell = [&](const CellId& id, const CellResult& cell) { attribute_cell(id, cell, writer); };
-    ExplainOutcome outcome{.folder = run_.out, .run = run(run_)};
-    writer.forget_earlier();
+    ExplainOutcome outcome{.folder = folder, .run = run(run_)};
     if (outcome.run.failed.empty() && !outcome.run.interrupted) {
       writer.publish();
       write_whole(run_.out / "explain.json", explain_json());
+      draft.publish(folder);
     }
     return outcome;
   }
@@ -396,31 +452,43 @@ class Explain {
       asked.emplace_back("--against", request_.against);
     }
     std::vector<Method> methods;
+    std::vector<std::string> budgets = recorded_.budgets;  // that all of the methods ran at
     for (const auto& [option, text] : asked) {
       const Recorded::RecordedMethod& m = find_method(recorded_, option, text, request_.results);
       if (!run_.methods.empty() && run_.methods[0] == m.label) {
         throw ConfigError("--against: '" + text + "' is the method itself; name another one");
       }
-      methods.push_back(parse(m));
+      methods.push_back(parse(recorded_, m));
       run_.methods.push_back(m.label);
+      if (methods.back().budgeted()) {
+        std::erase_if(budgets, [&m](const std::string& b) {
+          return std::find(m.budgets.begin(), m.budgets.end(), b) == m.budgets.end();
+        });
+      }
     }
-    if (!request_.budget.empty() && recorded_.budgets.empty()) {
+    if (budgets.empty() && !recorded_.budgets.empty()) {
+      throw ConfigError(
+          fmt::format("{} has no budget that {} ran at", request_.results.string(), fmt::join(run_.methods, " and ")));
+    }
+    if (!request_.budget.empty() && budgets.empty()) {
       throw ConfigError("--budget: " + request_.results.string() + " has no budgets; leave it away");
     }
     if (!request_.budget.empty()) {
-      one_of("--budget", request_.budget, recorded_.budgets, request_.results);
+      one_of("--budget", request_.budget, budgets, request_.results);
     }
+    run_.tables.insert(recorded_.table_files.begin(), recorded_.table_files.end());
     const TraceInfo& trace = open_.at(recorded_.traces[0].stem).reader.info();
     for (const Method& method : methods) {
-      if (method.budgeted() && run_.budgets.empty() && !recorded_.budgets.empty()) {  // else run() says so
-        run_.budgets = {request_.budget.empty() ? middle_budget(recorded_, trace) : request_.budget};
+      if (method.budgeted() && run_.budgets.empty() && !budgets.empty()) {  // else run() says so
+        run_.budgets = {request_.budget.empty() ? middle_budget(budgets, recorded_, trace) : request_.budget};
       }
       check_allocator(method, trace);
     }
     run_.compensators = recorded_.compensators.empty() ? std::vector<std::string>{"mean", "moments", "gaussian"}
                                                        : recorded_.compensators;
     run_.metrics = MetricSet::parse(kMetrics);
-    run_.detail = {.steps = true, .retained = true, .outputs = false};
+    run_.detail = {.steps = true, .retained = true, .outputs = true};
+    run_.output_steps = output_steps();
     run_.threads = request_.threads;
     run_.seed = recorded_.seed;
     run_.memory = request_.memory;
@@ -428,6 +496,15 @@ class Explain {
     run_.argv = request_.argv;
     run_.stop = request_.stop;
     run_.progress = request_.progress;
+  }
+
+  // Steps that all traces have, evenly spaced, for the view of principal planes.
+  std::vector<int> output_steps() const {
+    int n_steps = std::numeric_limits<int>::max();
+    for (const Recorded::Trace& t : recorded_.traces) {
+      n_steps = std::min<int>(n_steps, t.n_tokens - t.prompt_len);
+    }
+    return checkpoint_steps(n_steps, kOutputSteps);
   }
 
   // An allocator over layers gives a layer what the others do not need: with fewer layers it would give other budgets.

@@ -551,6 +551,17 @@ class Run {
     return std::size_t(std::max(1.0, std::min((memory - shared) / own, 1e6)));
   }
 
+  // The budgets that a method has columns for.
+  std::vector<std::string> budgets_of(const Method& m) const {
+    std::vector<std::string> all;
+    for (const Column& c : columns_) {
+      if (c.method == &m && c.budget.unit != Budget::Unit::none) {
+        all.push_back(c.budget.text);
+      }
+    }
+    return all;
+  }
+
   // Path and hash of every table that a part's values come from.
   static json value_tables(const PartUse& part) {
     json tables = json::object();
@@ -623,7 +634,12 @@ class Run {
                               {"foresight", m->foresight() == Foresight::oracle ? "oracle" : "none"},
                               {"paper", preset ? preset->paper : m->select.info->paper},
                               {"deviation", preset ? preset->deviation : m->select.info->deviation},
+                              {"budgets", budgets_of(*m)},
                               {"value_tables", tables}});
+    }
+    j["table_files"] = json::object();  // where a table lay that is not called like its file
+    for (const auto& [name, file] : request_.tables) {
+      j["table_files"][name] = file.string();
     }
     j["budgets"] = budgets_;
     j["compensators"] = json::array();

@@ -110,10 +110,11 @@ def difference_to(ex, original):
     if not far.any():
         return ""
     worst = both[far].iloc[0]
+    then, now = ([r.run.get(name) for name in ("version", "git")] for r in (original, ex.results))
+    why = (f"it was made by version {then[0]} ({then[1]}), this by {now[0]} ({now[1]})" if then != now else
+           "its trace, or a file that a method reads, has changed since")
     return (f"{int(far.sum())} of {len(both)} means differ from those of {original.folder}, for example "
-            f"{both[far].index[0][-1]} {worst['now']:.6g} instead of {worst['then']:.6g}: it was made by version "
-            f"{original.run.get('version')} ({original.run.get('git')}), this by {ex.results.run.get('version')} "
-            f"({ex.results.run.get('git')})")
+            f"{both[far].index[0][-1]} {worst['now']:.6g} instead of {worst['then']:.6g}: {why}")
 
 
 # --- sums over steps ----------------------------------------------------------------------------------------------
@@ -142,10 +143,15 @@ def _estimate(per_trace, statistic):
 
 def _ratio(i, j):
     def of(sums):
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return sums[..., i] / sums[..., j]
+        return _quotient(sums[..., i], sums[..., j])
 
     return of
+
+
+def _quotient(a, b):
+    """a / b without a warning where it is none."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return a / b
 
 
 # --- the frames ---------------------------------------------------------------------------------------------------
@@ -533,9 +539,9 @@ def factors(ex):
     mine, theirs = step_totals(a, metrics), step_totals(b, metrics)
     both = {t: np.hstack([mine[t], theirs[t]]) for t in mine if t in theirs}  # columns: error, mass, n of each
     rows = []
-    for name, statistic in (("error", lambda s: _ratio(0, 2)(s) / _ratio(3, 5)(s)),
-                            ("evicted_mass", lambda s: _ratio(1, 2)(s) / _ratio(4, 5)(s)),
-                            ("distance", lambda s: _ratio(0, 1)(s) / _ratio(3, 4)(s))):
+    for name, statistic in (("error", lambda s: _quotient(_ratio(0, 2)(s), _ratio(3, 5)(s))),
+                            ("evicted_mass", lambda s: _quotient(_ratio(1, 2)(s), _ratio(4, 5)(s))),
+                            ("distance", lambda s: _quotient(_ratio(0, 1)(s), _ratio(3, 4)(s)))):
         ratio, low, high = _estimate(both, statistic)
         rows.append({"factor": name, "ratio": ratio, "low": low, "high": high})
     return pd.DataFrame(rows)

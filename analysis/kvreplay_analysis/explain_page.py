@@ -124,9 +124,9 @@ def findings(ex):
         for label, rows in frame.groupby("label", sort=False):
             again = rows["lag"].notna()
             later = rows.loc[~rows["at_prompt"], "age"]
+            half = number(rows.loc[again, "lag"].median())
             out.append(f"{label}: {percent(again.mean())} of the evictions were of tokens that were needed again"
-                       + (f", half of these within {number(rows.loc[again, 'lag'].median())} steps" if again.any()
-                          else "")
+                       + (f", half of these within {half} {'step' if half == '1' else 'steps'}" if again.any() else "")
                        + f", on average in {percent(rows['missed'].sum() / rows['steps_without'].sum())} of the steps "
                          "without them"
                        + (f"; during the decode half of them left at an age of {number(later.median())} or less."
@@ -141,9 +141,10 @@ def findings(ex):
             sure = r.low > 0 or r.high < 0
             out.append(
                 f"{a} against {b}: error_output {number(r.a)} and {number(r.b)}, difference {_signed(r.difference)}"
-                + (f" ({_signed(r.low)} to {_signed(r.high)})" if np.isfinite(r.low) else "")
-                + ("" if sure else ", no significant difference") + f"; {a} is better in {percent(r.wins)} of the "
-                f"head-steps, worse in {percent(r.losses)}.")
+                + (f" ({_signed(r.low)} to {_signed(r.high)})" if np.isfinite(r.low)
+                   else ", too few steps for an interval")
+                + ("" if sure or not np.isfinite(r.low) else ", no significant difference")
+                + f"; {a} is better in {percent(r.wins)} of the head-steps, worse in {percent(r.losses)}.")
             f = ka.factors(ex).set_index("factor")["ratio"]
             if np.isfinite(f["evicted_mass"]) and np.isfinite(f["distance"]):
                 out.append(f"Before any correction {a}'s error is {number(f['error'], 3)} times {b}'s: it loses "

@@ -86,6 +86,7 @@ void add_explain_command(CLI::App& app) {
       throw Exit{outcome.run.trace_failed ? kTrace : kOther};
     }
     if (outcome.run.interrupted) {
+      std::fputs("kvreplay: stopped before the end; nothing is written\n", stderr);
       throw Exit{kInterrupted};
     }
     std::vector<std::string> arguments{"explain", outcome.folder.string()};

@@ -360,6 +360,31 @@ def test_json_has_no_nan(run):
     assert len(said["tokens"]) == 25
 
 
+def test_one_block_has_no_interval_and_says_nothing_of_significance(run, tmp_path):
+    good_run(run["folder"].parent / "t.h5", tmp_path / "out", "-m", "h2o", "-m", "momentkv", "-b", "12", "--max-steps",
+             "50")
+    done = explained(tmp_path / "out", "-m", "h2o", "--against", "momentkv")
+    assert done.returncode == 0, done.stderr
+    said, = [line for line in done.stdout.splitlines() if line.startswith("h2o against momentkv")]
+    assert "too few steps for an interval" in said and "significant" not in said
+
+
+def test_nothing_lost_on_both_sides_warns_of_nothing(run, tmp_path):
+    good_run(run["folder"].parent / "t.h5", tmp_path / "out", "-m", "h2o", "-m", "momentkv", "-b", "500")
+    done = explained(tmp_path / "out", "-m", "h2o", "--against", "momentkv", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [f["ratio"] for f in json.loads(done.stdout)["factors"]] == [None] * 3
+
+
+def test_another_trace_under_the_same_hash_is_not_laid_on_the_version(run, ex):
+    other_numbers = load(run["folder"])
+    other_numbers.summary.loc[other_numbers.summary["metric"] == "error", "mean"] *= 1.01
+    said = explain.difference_to(ex, other_numbers)
+    assert "has changed since" in said and "version" not in said
+    other_numbers.run["git"] = "before"
+    assert "made by version" in explain.difference_to(ex, other_numbers)
+
+
 @pytest.fixture(scope="module")
 def written(run, ex):
     return explain_page.write(ex, None, load(run["folder"]))

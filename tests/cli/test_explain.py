@@ -1,11 +1,16 @@
 """What `kvreplay explain` refuses and how; that it says what it explains, and leaves nothing where it fails."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from harness import assert_refused, final_files, good_run, kvreplay, kvtrace, make
+from harness import KVREPLAY, assert_refused, final_files, good_run, kvreplay, kvtrace, make, rows
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,19 @@ def test_folders_that_are_none(tmp_path, results):
     assert_refused(kvreplay("explain", results / "run.json", "-m", "h2o"), 2, "is a file")
     (tmp_path / "run.json").write_text('{"traces": 3}')
     assert_refused(kvreplay("explain", tmp_path, "-m", "h2o"), 2, "run.json")
+
+
+def test_files_in_the_way_stay(trace, tmp_path):
+    out = tmp_path / "out"
+    good_run(trace, out, "-m", "h2o", "-b", "20")
+    (out / "explain").write_text("mine")
+    assert_refused(kvreplay("explain", out, "-m", "h2o"), 2, "explain")
+    assert (out / "explain").read_text() == "mine"
+    (out / "explain").unlink()
+    (out / "explain").mkdir()
+    (out / "explain" / "h2o_at_20").write_text("mine")
+    assert_refused(kvreplay("explain", out, "-m", "h2o"), 2, "h2o_at_20", "not a folder")
+    assert (out / "explain" / "h2o_at_20").read_text() == "mine"
 
 
 def test_trace_that_is_gone_or_another(trace, tmp_path):
@@ -116,3 +134,69 @@ def test_a_table_that_changed_is_refused(trace, tmp_path):
     good_run(trace, tmp_path / "out", "-m", method, "-b", "20")
     table.write_text('{"0": 0.9, "2": 0.6}')
     assert_refused(kvreplay("explain", tmp_path / "out", "-m", method), 2, "alpha.json")
+
+
+def test_tuned_methods_are_found_with_their_tables_and_budgets(trace, tmp_path):
+    """`run --params-from` reads "@params/..." beside tuned.json, and gives each method budgets of its own."""
+    (tmp_path / "tuned" / "params").mkdir(parents=True)
+    table = tmp_path / "tuned" / "params" / "20-layer-alpha.json"
+    table.write_text('{"0": 0.9, "2": 0.5}')
+    by_layer, for_all = "momentum:alpha=@params/20-layer-alpha.json", "momentum:alpha=0.7"
+    tuned = [{"budgets": ["20"], "global": for_all, "layer": by_layer, "head": None},
+             {"budgets": ["28"], "global": for_all, "layer": None, "head": None}]
+    (tmp_path / "tuned" / "tuned.json").write_text(json.dumps({"format": "kvreplay-tuned", "tuned": tuned}))
+    out = tmp_path / "out"
+    before = good_run(trace, out, "--params-from", tmp_path / "tuned")
+    run = json.loads((out / "run.json").read_text())
+    assert {m["label"]: m["budgets"] for m in run["methods"]} == {for_all: ["20", "28"], by_layer: ["20"]}
+    assert run["table_files"] == {"params/20-layer-alpha.json": str(table)}
+    assert_refused(kvreplay("explain", out, "-m", by_layer, "-b", "28"), 2, "--budget", "'28'", "'20'")
+    folder = replayed(out, "-m", by_layer, "--against", for_all)
+    assert folder.name == "momentum-alpha--params-20-layer-alpha.json_vs_momentum-alpha-0.7_at_20"
+    again = json.loads((folder / "run.json").read_text())
+    assert again["methods"][0]["value_tables"] == run["methods"][1]["value_tables"]
+    then, now = ([r["mean"] for r in table if r["metric"] == "error" and r["label"] == by_layer]
+                 for table in (before, rows(folder)))
+    assert now == then
+    table.write_text('{"0": 0.9, "2": 0.6}')
+    assert_refused(kvreplay("explain", out, "-m", by_layer), 2, "20-layer-alpha.json")
+
+
+def test_long_methods_have_short_folders(trace, tmp_path):
+    rest = ",scope=kv_head,group=mean,interval=1,evict=before_attention,decode=evict,pool=all+kivi:bits=4,residual=32+"
+    methods = ["h2o:window=10,sink=2" + rest + "moments", "h2o:window=10,sink=2" + rest + "gaussian"]
+    good_run(trace, tmp_path / "out", "-m", methods[0], "-m", methods[1], "-b", "20")
+    folder = replayed(tmp_path / "out", "-m", methods[0], "--against", methods[1])
+    assert len(folder.name) < 220
+    one, other = folder.name.removesuffix("_at_20").split("_vs_")
+    assert one[:80] == other[:80] and one != other
+
+
+def test_principal_planes_of_an_explanation(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = replayed(results, "-m", "momentkv", "-b", "20")
+    done = kvreplay("figure", "pca", folder, "--out", tmp_path / "pca.svg",
+                    env={**os.environ, "KVREPLAY_PYTHON": sys.executable})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pca.svg").exists()
+
+
+def test_stopped_in_the_middle_leaves_what_was_there(tmp_path):
+    mine = make(tmp_path / "a.h5", n_tokens=3000, n_heads=4, n_kv_heads=2, layers=(0, 1, 2))
+    good_run(mine, tmp_path / "out", "-m", "h2o", "-b", "512", "-c", "none", "--metrics", "error", "--max-steps", "8")
+    folder = replayed(tmp_path / "out", "-m", "h2o")
+    whole = {name: (folder / name).read_bytes() for name in final_files(folder)}
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    run["traces"][0]["n_tokens"] = 3000  # now there is enough to do
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    with subprocess.Popen([KVREPLAY, "explain", tmp_path / "out", "-m", "h2o", "-j", "1"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        draft = folder.parent / f"{folder.name}.part"
+        end = time.monotonic() + 60
+        while not draft.exists() and time.monotonic() < end:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.endswith("stopped before the end; nothing is written\n")
+    assert {name: (folder / name).read_bytes() for name in final_files(folder)} == whole
+    assert list(folder.parent.iterdir()) == [folder]
