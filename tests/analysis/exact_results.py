@@ -24,7 +24,7 @@ def write(folder, cells, traces=None, heads=None, run=None, n_steps=STEPS, promp
     folder.mkdir(parents=True, exist_ok=True)
     traces = traces or {t: f"hash of {t}" for t in dict.fromkeys(c["trace"] for c in cells)}
     rows, columns = [], []
-    plan = SimpleNamespace(n_heads=HEADS, n_kv_heads=KV_HEADS, detail_steps=False)
+    plan = SimpleNamespace(n_heads=HEADS, n_kv_heads=KV_HEADS, detail=())
     with h5py.File(folder / "results.h5", "w") as file:
         for i, given in enumerate(cells):
             what = {**given, "n_steps": n_steps, "prompt_len": prompt_len}
