@@ -81,8 +81,12 @@ def curves(results, at="tokens", compensated=None, gpu=latency.DEFAULT):
     measured beside a method, its state charged (default: at equal bytes, where run.json says what a state weighs)."""
     if at not in AT:
         raise UsageError(f"--at {at} is none of {', '.join(AT)}{nearest(at, AT)}")
-    results, _ = shared_cells(results)
     compensated = at == "bytes" if compensated is None else compensated
+    return results.once(("curves", at, compensated, gpu), lambda: _curves(results, at, compensated, gpu))
+
+
+def _curves(results, at, compensated, gpu):
+    results, _ = shared_cells(results)
     rows = results.summary[results.summary["metric"].isin([*METRICS, "error_corrected"])]
     means = pooled(rows, ["label", "budget", "metric", "compensator"])["mean"].to_dict()
     costs_of_steps = latency.step_costs(results)
@@ -191,7 +195,8 @@ def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAUL
         unit = _unit(group, at)
         for near, size in references(budgeted, results.budgets):
             if near in budgets:
-                rows += _at(budgeted, group, unit, near, size, chosen_base, bands)
+                rows += results.once(("league", at, base, compensated, gpu, bands, group, near), lambda: _at(
+                    budgeted, group, unit, near, size, chosen_base, bands))
         for c in mine:
             if c not in budgeted:
                 rows.append({**_head(c, group, unit), "budget": "", "at": float(c.points["size"].iloc[0]),

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from . import details, figures, findings
 from .errors import Absent, UsageError
+from .figures.common import at_budget
 from .results import GROUPS
 from .style import compensator_look, compensator_title, looks, plotly_marker, plt, shown_name, to_bytes
 from .tables import configurations, not_pinned
@@ -64,6 +65,11 @@ def write_whole(path, content):
 
 def write(results, out=None):
     """Writes the page and figures/ beside it; returns the page's path."""
+    with results.opened():
+        return _write(results, out)
+
+
+def _write(results, out):
     out = Path(out) if out else results.folder / "report.html"
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; give the name of the page, such as {out / 'report.html'}")
@@ -188,7 +194,7 @@ def _blobs(chosen):
 def _one(module, scope, budget, n_points):
     try:
         whole = budget is None or getattr(module, "SEES_ALL_BUDGETS", False)
-        shown = scope if whole else scope.only(budget=budget)
+        shown = scope if whole else at_budget(scope, budget)[0]
         frames = module.data(shown, budget, **({"n_points": n_points} if n_points else {}))
         return {"variants": module.interactive(shown, frames), "note": module.note(shown, frames),
                 "csv": {part: frame.to_csv(index=False, float_format="%.6g", lineterminator="\r\n")
