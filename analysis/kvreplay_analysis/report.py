@@ -104,13 +104,14 @@ def page(results, chosen=None, files=None, page_bytes=PAGE_BYTES):
     methods = _methods(results)
     listing = [{"name": name, "title": module.TITLE, "how": module.HOW_TO_READ, "by_budget": module.BY_BUDGET,
                 "of_a_head": figures.of_a_head(module)} for name, module in figures.ALL.items()]
-    blobs = {"plotly": _packed_text(_plotly()), **_blobs(chosen)}
+    blobs = {"plotly": _packed(_plotly()), **_blobs(chosen)}
     shown = {"run": results.run, "results": results, "groups": GROUPS, "methods": methods,
              "colours": {m["label"]: m["colour"] for m in methods},
              "open_loop": results.run.get("open_loop") or OPEN_LOOP, "figures": listing, "files": files or {},
              "scopes": [_scope(title, scope) for title, scope in chosen], "compensators": results.compensators,
              "compensator_title": compensator_title, "not_pinned": not_pinned(results), "traces": _traces(results),
              "css": (PAGE / "report.css").read_text(encoding="utf-8"),
+             "page_js": (PAGE / "page.js").read_text(encoding="utf-8"),
              "js": (PAGE / "report.js").read_text(encoding="utf-8"),
              "failed": [as_text(f) for f in results.run.get("failed") or []], "state_pairs": _state_pairs(results),
              "default_budget": chosen[0][1].default_budget}
@@ -204,10 +205,7 @@ def _one(module, scope, budget, n_points):
 
 
 def _packed(value):
-    return _packed_text(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
-
-
-def _packed_text(text):
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
