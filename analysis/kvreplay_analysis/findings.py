@@ -112,7 +112,7 @@ def _about_best(row, number, shown):
         text += f" In {shown(row.label)}, {state[0].partition(':')[0]}."
     if row.oracle:
         text += f" The best oracle there, {shown(row.oracle)}, has {number(row.oracle_error)}"
-        if np.isfinite(row.closed):
+        if np.isfinite(row.closed) and row.base != row.label:
             text += (f": of the way from {shown(row.base)} to it, {shown(row.label)} goes "
                      f"{100 * row.closed:.0f} %".replace("-", "−"))
         text += "."

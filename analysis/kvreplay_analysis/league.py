@@ -356,7 +356,7 @@ def _at(group, name, unit, budget, size, base, bands):
         row.update(numbers[id(c)])
         row["base"], row["oracle"] = base.name if base else "", oracle.name if oracle else ""
         below, above, _ = c.between(size)
-        asked = c.columns["budget"]
+        asked = [budget if c.sizes.get(budget) == s else b for b, s in zip(c.columns["budget"], c.columns["size"])]
         notes = [f"measured at budget {asked[below]}" if below == above
                  else f"between budgets {asked[below]} and {asked[above]}"]
         if c.acting and unit == "tokens":

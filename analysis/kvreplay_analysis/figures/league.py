@@ -137,7 +137,7 @@ def interactive(results, frames):
         out[title] = {"data": traces, "layout": {
             "xaxis": {**axis, "title": {"text": "error_output" + base}},
             "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "dtick": 1},
-            "height": 130 + 22 * len(rows), "hovermode": "closest"}}
+            "height": max(320, 130 + 22 * len(rows)), "hovermode": "closest"}}
     return out
 
 
