@@ -13,7 +13,8 @@ def best(league, compensated=False):
 
     Columns: group, budget, unit, at (the size at which they are compared), label, error_output, low, high, n_methods
     (ranked), next, next_error, next_low, next_high, base, oracle, oracle_error, closed (share of the way from the base
-    to the best oracle), left_out (methods that have no number at this size).
+    to the best oracle), note (the league's on the first), left_out (methods, as they are, without a number at this
+    size).
     """
     rows = []
     asked = league[(league["budget"] != "") & (compensated | (league["compensator"] == ""))] if len(league) else league
@@ -31,7 +32,8 @@ def best(league, compensated=False):
             "next": second.get("label", ""), "next_error": second.get("error_output", np.nan),
             "next_low": second.get("low", np.nan), "next_high": second.get("high", np.nan), "base": first["base"],
             "oracle": first["oracle"], "oracle_error": oracle["error_output"].iloc[0] if len(oracle) else np.nan,
-            "closed": first["closed"], "left_out": list(methods.loc[methods["error_output"].isna(), "label"])})
+            "closed": first["closed"], "note": first["note"],
+            "left_out": list(methods.loc[methods["error_output"].isna() & (methods["compensator"] == ""), "label"])})
     return pd.DataFrame(rows)
 
 
@@ -79,7 +81,7 @@ def sentences(results, table, at_tokens, at_bytes, number, shown=str):
             other = same.iloc[0]
             text += (f" At equal bytes ({number(other['at'])} per KV head, the state of corrections charged) "
                      f"{'it is also' if other['label'] == row.label else 'it is'} {shown(other['label'])}, with "
-                     f"{number(other['error_output'])}.")
+                     f"{number(other['error_output'])}{_not_measured(other['left_out'], shown)}.")
         out.append(text)
     back = given_back(results, table, budget)
     for group, mine in back.groupby("group", sort=False) if len(back) else []:
@@ -100,10 +102,17 @@ def _about_best(row, number, shown):
     text += number(row.error_output) + between(row.low, row.high)
     if row.next:
         text += f"; next is {shown(row.next)} with {number(row.next_error)}{between(row.next_low, row.next_high)}"
+        if row.next_error == row.error_output:
+            text += ", which is the same"
+        elif row.next_low <= row.high:
+            text += ", and the intervals overlap: kvreplay compare tests the difference"
     text += "."
+    state = [n for n in row.note.split("; ") if "keeps a state that tokens do not count" in n]
+    if state:
+        text += f" In {shown(row.label)}, {state[0].partition(':')[0]}."
     if row.oracle:
         text += f" The best oracle there, {shown(row.oracle)}, has {number(row.oracle_error)}"
-        if np.isfinite(row.closed):
+        if np.isfinite(row.closed) and row.base != row.label:
             text += (f": of the way from {shown(row.base)} to it, {shown(row.label)} goes "
                      f"{100 * row.closed:.0f} %".replace("-", "−"))
         text += "."
@@ -112,6 +121,10 @@ def _about_best(row, number, shown):
         text += f" {n} method{'' if n == 1 else 's'} not measured near this size: "
         text += f"{', '.join(map(shown, row.left_out))}."
     return text
+
+
+def _not_measured(labels, shown):
+    return f" ({', '.join(map(shown, labels))} not measured there)" if labels else ""
 
 
 def _about_correction(group, budget, mine, shown):
@@ -123,7 +136,7 @@ def _about_correction(group, budget, mine, shown):
         one = row.n_methods == 1
         part = f"{row.compensator} {share(row.median)}" if one else \
             f"{row.compensator} {share(row.median)} ({share(row.lowest)} to {share(row.highest)})"
-        if row.n_harmed:
+        if row.n_harmed and not one:
             part += f", harming {row.n_harmed}"
         parts.append(part)
     n = mine["n_methods"].max()

@@ -27,7 +27,8 @@ METRICS = ["resident", "attended", "bytes", "bytes_read", "error_output"]
 class Curve:
     """A method (with a compensator from beside it, or as it is) over its budgets, from the smallest size to the
     largest: frame columns budget, size, error_output, resident, bytes, bytes_read, latency_us. `sums[budget]` is
-    {trace: (n_blocks, 2)}: sum of the error and head-steps."""
+    {trace: (n_blocks, 2)}: sum of the error and head-steps. `sizes` is {budget: size} of all budgets, those too that
+    came to the size of another (64 and 12.5% of a prompt of 512 tokens) and are no point of their own."""
 
     label: str
     method: str
@@ -36,6 +37,7 @@ class Curve:
     compensator: str  # measured beside the method; "": as it is
     acting: str       # in the method's own text
     points: pd.DataFrame
+    sizes: dict = field(default_factory=dict)
     sums: dict = field(default_factory=dict)
 
     @property
@@ -79,8 +81,12 @@ def curves(results, at="tokens", compensated=None, gpu=latency.DEFAULT):
     measured beside a method, its state charged (default: at equal bytes, where run.json says what a state weighs)."""
     if at not in AT:
         raise UsageError(f"--at {at} is none of {', '.join(AT)}{nearest(at, AT)}")
-    results, _ = shared_cells(results)
     compensated = at == "bytes" if compensated is None else compensated
+    return results.once(("curves", at, compensated, gpu), lambda: _curves(results, at, compensated, gpu))
+
+
+def _curves(results, at, compensated, gpu):
+    results, _ = shared_cells(results)
     rows = results.summary[results.summary["metric"].isin([*METRICS, "error_corrected"])]
     means = pooled(rows, ["label", "budget", "metric", "compensator"])["mean"].to_dict()
     costs_of_steps = latency.step_costs(results)
@@ -112,10 +118,12 @@ def curves(results, at="tokens", compensated=None, gpu=latency.DEFAULT):
                 points.append({"budget": budget, **point, "latency_us": slow.get((label, budget), np.nan)})
             frame = pd.DataFrame(points).dropna(subset=["size", "error_output"])
             # Budgets beyond what there is to keep have one size: the first of them says it all.
-            frame = frame.sort_values("size", kind="stable").drop_duplicates("size").reset_index(drop=True)
+            frame = frame.sort_values("size", kind="stable")
+            sizes = dict(zip(frame["budget"], frame["size"].astype(float)))
+            frame = frame.drop_duplicates("size").reset_index(drop=True)
             if len(frame):
                 out.append(Curve(label, what["method"], what["group"], what["foresight"], c,
-                                 what["compensator_acting"], frame))
+                                 what["compensator_acting"], frame, sizes))
     if not out:
         raise Absent(f"this run did not measure {at if at == 'bytes' else 'resident'} or error_output, so methods "
                      "cannot be brought to one size: run again with --metrics all")
@@ -189,7 +197,8 @@ def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAUL
         unit = _unit(group, at)
         for near, size in references(budgeted, results.budgets):
             if near in budgets:
-                rows += _at(budgeted, group, unit, near, size, chosen_base, bands)
+                rows += results.once(("league", at, base, compensated, gpu, bands, group, near), lambda: _at(
+                    budgeted, group, unit, near, size, chosen_base, bands))
         for c in mine:
             if c not in budgeted:
                 rows.append({**_head(c, group, unit), "budget": "", "at": float(c.points["size"].iloc[0]),
@@ -210,16 +219,14 @@ def references(group, budgets):
     budget; of these sizes the one that most curves reach, and of these the one closest to the methods' median."""
     middles = {}
     for budget in budgets:
-        sizes = [float(s) for c in group if not c.compensator for b, s in zip(c.columns["budget"], c.columns["size"])
-                 if b == budget]
+        sizes = [c.sizes[budget] for c in group if not c.compensator and budget in c.sizes]
         if sizes:
             middles[budget] = float(np.median(sizes))
-    order = sorted(middles, key=middles.get)
     out = []
-    for i, budget in enumerate(order):
+    for budget in sorted(middles, key=middles.get):
         middle = middles[budget]
-        down = middles[order[i - 1]] / middle if i else 0.25
-        up = middles[order[i + 1]] / middle if i + 1 < len(order) else 4.0
+        down = max((m / middle for m in middles.values() if m < middle), default=0.25)
+        up = min((m / middle for m in middles.values() if m > middle), default=4.0)
         low, high = middle * down ** 0.5, middle * up ** 0.5
         sizes = [middle, *(end for c in group for end in c.span if low <= end <= high)]
         out.append((budget, max(sizes, key=lambda s: (sum(c.reaches(s) for c in group), -abs(np.log(s / middle))))))
@@ -351,7 +358,7 @@ def _at(group, name, unit, budget, size, base, bands):
         row.update(numbers[id(c)])
         row["base"], row["oracle"] = base.name if base else "", oracle.name if oracle else ""
         below, above, _ = c.between(size)
-        asked = c.columns["budget"]
+        asked = [budget if c.sizes.get(budget) == s else b for b, s in zip(c.columns["budget"], c.columns["size"])]
         notes = [f"measured at budget {asked[below]}" if below == above
                  else f"between budgets {asked[below]} and {asked[above]}"]
         if c.acting and unit == "tokens":

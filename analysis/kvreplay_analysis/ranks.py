@@ -24,11 +24,10 @@ def errors(results, factor, budget=None, group="evictable"):
     if factor != "budget":
         budget = results.default_budget if budget is None else budget
         chosen &= cells["budget"] == budget
-    wanted = cells[chosen].drop_duplicates(["label", "budget"])
+    wanted = cells[chosen]
     rows = taxonomy.with_types(results) if factor == "head_type" else results.summary
-    rows = rows[(rows["metric"] == "error_output") &
-                pd.MultiIndex.from_frame(rows[["label", "budget"]]).isin(pd.MultiIndex.from_frame(
-                    wanted[["label", "budget"]]))]
+    rows = rows[(rows["metric"] == "error_output") & rows["label"].isin(wanted["label"].unique()) &
+                rows["budget"].isin(wanted["budget"].unique())]
     if wanted["label"].nunique() < LEAST:
         raise Absent(f"an order needs {LEAST} methods, and at budget {budget} the run has "
                      f"{wanted['label'].nunique()} in this group" if factor != "budget" else
@@ -54,12 +53,11 @@ def taus(table):
     from scipy.stats import kendalltau  # takes as long to load as everything else: only where it is needed
 
     values = table.to_numpy(float)
-    n = len(values)
-    out = np.ones((n, n))
-    for i in range(n):
-        for j in range(n):
-            if i != j or np.ptp(values[i]) == 0:
-                out[i, j] = kendalltau(values[i], values[j], variant="b").statistic
+    first, second = np.triu_indices(values.shape[1], k=1)
+    signs = np.sign(values[:, first] - values[:, second])  # (levels, pairs of methods); 0 where a pair is tied
+    n_apart = (signs ** 2).sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        out = signs @ signs.T / np.sqrt(np.outer(n_apart, n_apart))
     return pd.DataFrame(out, index=table.index, columns=table.index)
 
 

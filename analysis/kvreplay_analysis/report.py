@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from . import details, figures, findings
 from .errors import Absent, UsageError
+from .figures.common import at_budget
 from .results import GROUPS
 from .style import compensator_look, compensator_title, looks, plotly_marker, plt, shown_name, to_bytes
 from .tables import configurations, not_pinned
@@ -64,6 +65,11 @@ def write_whole(path, content):
 
 def write(results, out=None):
     """Writes the page and figures/ beside it; returns the page's path."""
+    with results.opened():
+        return _write(results, out)
+
+
+def _write(results, out):
     out = Path(out) if out else results.folder / "report.html"
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; give the name of the page, such as {out / 'report.html'}")
@@ -98,13 +104,14 @@ def page(results, chosen=None, files=None, page_bytes=PAGE_BYTES):
     methods = _methods(results)
     listing = [{"name": name, "title": module.TITLE, "how": module.HOW_TO_READ, "by_budget": module.BY_BUDGET,
                 "of_a_head": figures.of_a_head(module)} for name, module in figures.ALL.items()]
-    blobs = {"plotly": _packed_text(_plotly()), **_blobs(chosen)}
+    blobs = {"plotly": _packed(_plotly()), **_blobs(chosen)}
     shown = {"run": results.run, "results": results, "groups": GROUPS, "methods": methods,
              "colours": {m["label"]: m["colour"] for m in methods},
              "open_loop": results.run.get("open_loop") or OPEN_LOOP, "figures": listing, "files": files or {},
              "scopes": [_scope(title, scope) for title, scope in chosen], "compensators": results.compensators,
              "compensator_title": compensator_title, "not_pinned": not_pinned(results), "traces": _traces(results),
              "css": (PAGE / "report.css").read_text(encoding="utf-8"),
+             "page_js": (PAGE / "page.js").read_text(encoding="utf-8"),
              "js": (PAGE / "report.js").read_text(encoding="utf-8"),
              "failed": [as_text(f) for f in results.run.get("failed") or []], "state_pairs": _state_pairs(results),
              "default_budget": chosen[0][1].default_budget}
@@ -188,7 +195,7 @@ def _blobs(chosen):
 def _one(module, scope, budget, n_points):
     try:
         whole = budget is None or getattr(module, "SEES_ALL_BUDGETS", False)
-        shown = scope if whole else scope.only(budget=budget)
+        shown = scope if whole else at_budget(scope, budget)[0]
         frames = module.data(shown, budget, **({"n_points": n_points} if n_points else {}))
         return {"variants": module.interactive(shown, frames), "note": module.note(shown, frames),
                 "csv": {part: frame.to_csv(index=False, float_format="%.6g", lineterminator="\r\n")
@@ -198,10 +205,7 @@ def _one(module, scope, budget, n_points):
 
 
 def _packed(value):
-    return _packed_text(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
-
-
-def _packed_text(text):
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 

@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import h5py
@@ -40,6 +41,17 @@ class Results:
     kept_heads: dict = None  # {(trace, layer): bool (n_heads,)}; None: all heads
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
+    @cached_property
+    def _own(self):
+        """What `once` has of exactly these cells: nothing of it is handed on to a Results with others."""
+        return {}
+
+    def once(self, key, make):
+        """make(), computed at the first call for a key; figures and tables of one page need the same things."""
+        if key not in self._own:
+            self._own[key] = make()
+        return self._own[key]
+
     @property
     def complete(self):
         return bool(self.run.get("complete", False))
@@ -54,7 +66,7 @@ class Results:
         """The methods as typed, in the order of the run."""
         return list(dict.fromkeys(self.cells["label"]))
 
-    @property
+    @cached_property
     def budgets(self):
         """Budgets as asked, smallest first; methods without one do not count."""
         asked = self.cells[self.cells["budget"] != ""]
@@ -82,7 +94,7 @@ class Results:
 
         return sorted(seen, key=order)
 
-    @property
+    @cached_property
     def heads(self):
         """Where each query head looks in the uncompressed cache: one row per trace, layer, kv_head and q_head, with
         sink, local, far, entropy and concentration (docs/results.md). Absent in results of older versions."""
@@ -123,6 +135,8 @@ class Results:
                 raise UsageError(f"budget {budget} is not in {self.folder}, which has "
                                  f"{', '.join(self.budgets) or 'no budgets'}{nearest(budget, self.budgets)}")
             cells = cells[cells["budget"].isin([budget, ""])]
+        if head_type is None and len(cells) == len(self.cells):
+            return self
         key = ["trace", "layer", "label", "budget"]
         kept = pd.MultiIndex.from_frame(cells[key])
         summary = summary[pd.MultiIndex.from_frame(summary[key]).isin(kept)]
@@ -151,6 +165,10 @@ class Results:
     def with_cells(self, chosen):
         """The same run with the cells where `chosen` (bool, one per cell) holds; the summary stays whole."""
         return replace(self, cells=self.cells[np.asarray(chosen)])
+
+    def uncached(self):
+        """The same run, which keeps nothing of what is read through it."""
+        return replace(self, _cache={"file": self._cache.get("file")})
 
     def has(self, metric, compensator=""):
         rows = self.summary
@@ -230,9 +248,22 @@ class Results:
             return read(file[at]) if at in file else None
 
     @contextmanager
+    def opened(self):
+        """results.h5 stays open inside this, for this Results and those made from it: many small reads are faster."""
+        with self._file() as file:
+            outer, self._cache["file"] = self._cache.get("file"), file
+            try:
+                yield
+            finally:
+                self._cache["file"] = outer
+
+    @contextmanager
     def _file(self):
         path = self.folder / "results.h5"
         try:
+            if self._cache.get("file"):
+                yield self._cache["file"]
+                return
             with h5py.File(path, "r") as file:
                 yield file
         except OSError as error:

@@ -33,7 +33,7 @@ def classify(heads, far=FAR, concentration=CONCENTRATION):
 def types(results, far=FAR, concentration=CONCENTRATION):
     """One row per trace, layer, kv_head and q_head: the statistics and head_type. The statistics are means over the
     traces of a model, so that a head has one type; Absent where the results do not have them."""
-    heads = results.heads
+    heads = results.heads.copy()
     models = {t.get("stem"): t.get("model_name") or "" for t in results.run.get("traces", []) if isinstance(t, dict)}
     heads["model"] = heads["trace"].map(lambda t: models.get(t, ""))
     means = heads.groupby(["model", "layer", "q_head"], sort=False)[HEAD_STATISTICS].transform("mean")
@@ -44,6 +44,9 @@ def types(results, far=FAR, concentration=CONCENTRATION):
 
 def with_types(results, **thresholds):
     """The summary's rows of query heads with a column head_type, for grouping."""
-    found = types(results, **thresholds)[["trace", "layer", "q_head", "head_type"]]
-    rows = results.summary[results.summary["q_head"] >= 0]
-    return rows.merge(found, on=["trace", "layer", "q_head"], how="left")
+    def merged():
+        found = types(results, **thresholds)[["trace", "layer", "q_head", "head_type"]]
+        rows = results.summary[results.summary["q_head"] >= 0]
+        return rows.merge(found, on=["trace", "layer", "q_head"], how="left")
+
+    return results.once(("with_types", *sorted(thresholds.items())), merged)

@@ -353,3 +353,22 @@ def test_figures_draw_the_tables(run, table):
     drawn = {tuple(np.round(line.get_ydata(), 12)) for line in picture.axes[0].get_lines()}
     for _, line in frames["points"][frames["points"]["error_output"] > 0].groupby("name"):
         assert tuple(np.round(line.sort_values("bytes")["error_output"], 12)) in drawn
+
+
+def test_budgets_that_come_to_one_size_have_the_same_rows(tmp_path):
+    """64 tokens are 12.5% of a prompt of 512: both budgets are ranked, at the same size and alike."""
+    def written(name, budgets):
+        cells = [cell(label, b, {"error_output": error(label, size), "resident": size, "attended": size,
+                                 "bytes": 32.0 * size, "bytes_read": 32.0 * size},
+                      foresight="oracle" if "oracle" in label else "none")
+                 for label in ("streaming", "h2o", "oracle_mass") for b, size in budgets.items()]
+        return load(exact_results.write(tmp_path / name, cells))
+
+    twice = written("twice", {"12.5%": 64, "64": 64, "25%": 128})
+    found = league.league(twice)
+    columns = ["label", "at", "rank", "error_output", "closed"]
+    one, other = (found[found["budget"] == b][columns].reset_index(drop=True) for b in ("12.5%", "64"))
+    assert len(one) == 3 and one.equals(other)
+    assert league.league(twice, budget="64")["label"].tolist() == one["label"].tolist()
+    single = league.league(written("once", {"64": 64, "25%": 128}), budget="64")
+    assert single[columns].equals(one)

@@ -32,7 +32,7 @@ def require(results, metric, compensator=""):
 def at_budget(results, budget):
     """The run at one budget (with the methods that have none), and that budget."""
     budget = results.default_budget if budget is None else budget
-    return results.only(budget=budget), budget
+    return results.once(("only", budget), lambda: results.only(budget=budget)), budget
 
 
 def chosen_head(results, budget=None, layer=None, head=None, usable=lambda cell: True, why=""):
@@ -68,7 +68,8 @@ def chosen_head(results, budget=None, layer=None, head=None, usable=lambda cell:
 
 def about(results, label):
     """method, group and foresight of a label."""
-    return results.cells[results.cells["label"] == label].iloc[0][["method", "group", "foresight"]]
+    return results.once("about", lambda: results.cells.drop_duplicates("label").set_index("label")
+                        [["method", "group", "foresight"]].to_dict("index"))[label]
 
 
 _SHOWN_FIRST = ("h2o", "snapkv", "residual", "momentum", "tova", "keydiff")

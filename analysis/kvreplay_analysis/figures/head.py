@@ -1,7 +1,5 @@
 """One query head along the decode: its errors, what it lost, and its worst steps."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 
@@ -30,7 +28,7 @@ def columns(results, cell):
 
 def arrays(results, cell, kind="blocks"):
     """{column: (n_heads, n_blocks or n_steps)} of a cell; only what the run has. Nothing is kept in memory."""
-    alone = replace(results.with_cells(results.cells.index == cell), _cache={})
+    alone = results.with_cells(results.cells.index == cell).uncached()
     read = alone.blocks if kind == "blocks" else alone.steps
     found = {name: read(*of).get(cell) for name, of in columns(results, cell).items()}
     return {name: values for name, values in found.items() if values is not None}

@@ -59,9 +59,9 @@ def data(results, budget=None):
     means of error, evicted_mass, cos_retained_evicted; the last three at one budget. paper: what the paper reports."""
     require(results, "error")
     everything, (results, budget) = results, at_budget(results, budget)
-    error = [{"label": label, "budget": asked, **row} for label, asked, mine in configurations(everything)
-             for row in _by_layer(mine, [("error", "")], bootstrap.mean, "error")]
-    error = pd.DataFrame(error)
+    error = everything.once("error by layer", lambda: pd.DataFrame(
+        [{"label": label, "budget": asked, **row} for label, asked, mine in configurations(everything)
+         for row in _by_layer(mine, [("error", "")], bootstrap.mean, "error")]))
     lossy = error.groupby("label")["error"].max() > 0
     error = error[error["label"].map(lossy)].reset_index(drop=True)
     if error.empty:

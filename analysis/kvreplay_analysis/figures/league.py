@@ -66,7 +66,8 @@ def draw(results, budget=None, style="double", frames=None):
     frames = frames or data(results, budget)
     look, panels = looks(results), _panels(frames)
     columns = [panels] if style == "single" else [c for c in ([p for p in panels if p[0] == at] for at in frames) if c]
-    heights = [[0.62 + 0.15 * min(len(rows), N_ROWS) for *_, rows in column] for column in columns]
+    heights = [[0.68 + 0.15 * min(len(rows), N_ROWS) + 0.12 * (len(rows) > N_ROWS) for *_, rows in column]
+               for column in columns]
     total = max(map(sum, heights))
     figure = plt.figure(figsize=(WIDTHS[style], total), layout="constrained")
     cells = figure.add_gridspec(1, len(columns))
@@ -96,10 +97,9 @@ def _panel(ax, title, rows, look):
         plain_log(ax.xaxis)
     else:
         ax.set_xlim(left=0)
-    more = f", best {len(shown)} of {len(rows)}" if len(shown) < len(rows) else ""
-    # From the left edge of the names, so that it has the width of the panel.
-    ax.annotate(title + more, (0, 1), xycoords="axes fraction", xytext=(-84, 4), textcoords="offset points", fontsize=7,
-                fontweight="bold", annotation_clip=False)
+    more = f"\nbest {len(shown)} of {len(rows)}" if len(shown) < len(rows) else ""
+    # From the right, over the names: the layout makes room for a title's height, not for its width.
+    ax.set_title(title.replace(" (pool=decode)", "") + more, loc="right", fontsize=7, multialignment="right")
     ax.set_xlabel("mean error_output")
     if np.isfinite(shown["closed"]).any():
         ax.annotate("closed", (1, 0), xycoords="axes fraction", xytext=(3, -9), textcoords="offset points", fontsize=6,
@@ -137,7 +137,7 @@ def interactive(results, frames):
         out[title] = {"data": traces, "layout": {
             "xaxis": {**axis, "title": {"text": "error_output" + base}},
             "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "dtick": 1},
-            "height": 130 + 22 * len(rows), "hovermode": "closest"}}
+            "height": max(320, 130 + 22 * len(rows)), "hovermode": "closest"}}
     return out
 
 

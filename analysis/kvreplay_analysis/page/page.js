@@ -16,6 +16,11 @@ const page = (() => {
     return unpacked.get(key);
   }
 
+  // Whether the page holds something under a key, or under one that begins so.
+  const has = (key, begins = false) => (begins ? [...blobs.keys()].some((k) => k.startsWith(key)) : blobs.has(key));
+
+  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
   function plotly() {
     loading ??= unpack("plotly").then((source) => {
       const script = document.createElement("script");
@@ -35,18 +40,16 @@ const page = (() => {
 
   // The page's colours on a figure that brings only those of its data.
   function themed(layout, nEntries) {
-    const css = getComputedStyle(root);
-    const of = (name) => css.getPropertyValue(name).trim();
     const out = structuredClone(layout);
-    const plain = {gridcolor: of("--grid"), zerolinecolor: of("--line"), linecolor: of("--line"), automargin: true};
+    const plain = {gridcolor: css("--grid"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true};
     for (const key of Object.keys(out)) {
       if (/^[xy]axis/.test(key)) { out[key] = {...plain, ...out[key]}; }
     }
-    return {...out, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      height: 440 + 21 * Math.ceil(nEntries / 5), margin: {l: 64, r: 16, t: 58, b: 60, ...out.margin},
-      font: {color: of("--text"), size: 12, family: "system-ui, 'DejaVu Sans', sans-serif"},
-      modebar: {bgcolor: "rgba(0,0,0,0)", color: of("--dim"), activecolor: of("--text")},
-      hoverlabel: {bgcolor: of("--raised"), bordercolor: of("--line"), font: {color: of("--text")}, align: "left",
+    return {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: 440 + 21 * Math.ceil(nEntries / 5),
+      ...out, margin: {l: 64, r: 16, t: 58, b: 60, ...out.margin},
+      font: {color: css("--text"), size: 12, family: "system-ui, 'DejaVu Sans', sans-serif"},
+      modebar: {bgcolor: "rgba(0,0,0,0)", color: css("--dim"), activecolor: css("--text")},
+      hoverlabel: {bgcolor: css("--raised"), bordercolor: css("--line"), font: {color: css("--text")}, align: "left",
         namelength: -1},
       legend: {...out.legend, yanchor: "top"}};
   }
@@ -114,5 +117,5 @@ const page = (() => {
     set(asked || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
   }
 
-  return {unpack, save, draw, tables, theme};
+  return {unpack, has, css, save, draw, tables, theme};
 })();

@@ -5,13 +5,12 @@
   const budgetSelect = document.getElementById("budget");
   const boxes = [...document.querySelectorAll("#methods input")];
   const root = document.documentElement;
-  const blobs = new Map([...document.querySelectorAll("script[data-key]")].map((e) => [e.dataset.key, e]));
-  const unpacked = new Map();
   const variantOf = {};
   const at = {label: null, trace: null, layer: null, head: null, step: null};  // the head that the panels show
   const cursor = {row: 0, column: 0};                                          // the square that the keyboard is on
   let generation = 0;
-  let plotlyLoading = null;
+
+  const {css} = page;
 
   const hidden = () => new Set(boxes.filter((b) => !b.checked).map((b) => b.value));
   const scope = () => meta.scopes[scopeSelect.value];
@@ -19,41 +18,13 @@
 
   // --- data ---------------------------------------------------------------------------------------------------------
 
-  async function text(key) {
-    const bytes = Uint8Array.from(atob(blobs.get(key).textContent), (c) => c.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    return new Response(stream).text();
-  }
-
-  async function unpack(key) {
-    if (!unpacked.has(key)) { unpacked.set(key, text(key).then(JSON.parse)); }
-    return unpacked.get(key);
-  }
-
   // Key of what the page holds of one kind of a method at the chosen budget, or without one; undefined where it holds none.
   const KINDS = ["head", "raster", "pca"];
   const keyOf = (kind, label = at.label, trace = at.trace) =>
-    [budget(), ""].map((b) => [kind, trace, label, b].join("/")).find((key) => blobs.has(key));
-  const held = async (kind) => (keyOf(kind) ? unpack(keyOf(kind)) : null);
+    [budget(), ""].map((b) => [kind, trace, label, b].join("/")).find((key) => page.has(key));
+  const held = async (kind) => (keyOf(kind) ? page.unpack(keyOf(kind)) : null);
   // The chosen budget, where the chosen method has one.
-  const budgetOf = () => (KINDS.some((kind) => blobs.has([kind, at.trace, at.label, ""].join("/"))) ? "" : budget());
-
-  function plotly() {
-    plotlyLoading ??= text("plotly").then((source) => {
-      const script = document.createElement("script");
-      script.textContent = source;
-      document.head.append(script);
-    });
-    return plotlyLoading;
-  }
-
-  function save(name, content) {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([content], {type: "text/csv"}));
-    link.download = name;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  }
+  const budgetOf = () => (KINDS.some((kind) => page.has([kind, at.trace, at.label, ""].join("/"))) ? "" : budget());
 
   const quote = (v) => (/[",\n]/.test(v) ? `"${String(v).replaceAll('"', '""')}"` : v);
   const csv = (rows) => rows.map((r) => r.map((v) => quote(v ?? "")).join(",")).join("\r\n") + "\r\n";
@@ -86,37 +57,10 @@
 
   // --- figures ------------------------------------------------------------------------------------------------------
 
-  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-
-  // The page's colours on a figure that brings only those of its data.
-  function themed(layout, nEntries) {
-    const out = structuredClone(layout);
-    const plain = {gridcolor: css("--grid"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true};
-    for (const key of Object.keys(out)) {
-      if (/^[xy]axis/.test(key)) { out[key] = {...plain, ...out[key]}; }
-    }
-    const rows = Math.ceil(nEntries / 5);
-    return {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: 440 + 21 * rows,
-      margin: {l: 64, r: 16, t: 58, b: 60}, ...out,
-      font: {color: css("--text"), size: 12, family: "system-ui, 'DejaVu Sans', sans-serif"},
-      modebar: {bgcolor: "rgba(0,0,0,0)", color: css("--dim"), activecolor: css("--text")},
-      hoverlabel: {bgcolor: css("--raised"), bordercolor: css("--line"), font: {color: css("--text")}, align: "left",
-        namelength: -1},
-      legend: {...out.legend, yanchor: "top"}};
-  }
-
-  async function plotted(plot, name, traces, layout) {
-    await plotly();
-    await Plotly.react(plot, structuredClone(traces), layout,
-      {responsive: true, displaylogo: false, plotlyServerURL: "", showSendToCloud: false,
-       modeBarButtonsToRemove: ["lasso2d", "select2d", "sendDataToCloud"],
-       toImageButtonOptions: {format: "svg", filename: `kvreplay_${name}`}});
-  }
-
   function downloads(place, parts) {
     place.replaceChildren(...parts.map(([title, name, content]) => {
       const button = element("button", `Data: ${title} (CSV)`, {type: "button"});
-      button.addEventListener("click", () => save(name, typeof content === "function" ? content() : content));
+      button.addEventListener("click", () => page.save(name, typeof content === "function" ? content() : content));
       return button;
     }));
   }
@@ -136,7 +80,7 @@
 
   async function show(figure, mine) {
     const info = meta.figures.find((f) => f.name === figure.dataset.name);
-    const content = await unpack(`${scopeSelect.value}/${info.by_budget ? budgetSelect.value || 0 : 0}/${info.name}`);
+    const content = await page.unpack(`${scopeSelect.value}/${info.by_budget ? budgetSelect.value || 0 : 0}/${info.name}`);
     if (mine !== generation) { return; }
     const choice = figure.querySelector(".variant");
     figure.querySelector(".note").textContent = content.note ?? "";
@@ -156,9 +100,8 @@
     choice.hidden = !byMethod;
     const variant = content.variants[name];
     const traces = variant.data.filter((t) => !t.meta || !out.has(t.meta));
-    const nEntries = traces.filter((t) => t.showlegend !== false && t.type !== "heatmap").length;
     const plot = figure.querySelector(".plot");
-    await plotted(plot, info.name, traces, themed(variant.layout, nEntries));
+    await page.draw(plot, info.name, {data: traces, layout: variant.layout});
     const suffix = info.by_budget && budget() ? `_${budget()}` : "";
     downloads(figure.querySelector(".data"),
       Object.entries(content.csv).map(([part, rows]) => [part, `${info.name}_${part}${suffix}.csv`, rows]));
@@ -306,11 +249,11 @@
         y: rows.map(([, i]) => worst.error_output[i]), marker: {color: "#e0405a", symbol: "x", size: 8},
         hovertemplate: "step %{x}<br>error_output %{y:.4g}<extra></extra>"});
     }
-    await plotted(box.querySelector(".plot"), "head", traces, themed({height: 470, margin: {l: 58, r: 12, t: 34, b: 46},
+    await page.draw(box.querySelector(".plot"), "head", {data: traces, layout: {height: 470, margin: {l: 58, r: 12, t: 34, b: 46},
       legend: {orientation: "h", y: -0.2}, hovermode: "closest",
       xaxis: {title: {text: "decode step"}, anchor: "y2", rangemode: "tozero"},
       yaxis: {domain: [0.48, 1], title: {text: "error"}, rangemode: "tozero"},
-      yaxis2: {domain: [0, 0.4], title: {text: "mass, cosine"}, zeroline: true}}, 0));
+      yaxis2: {domain: [0, 0.4], title: {text: "mass, cosine"}, zeroline: true}}});
     const columns = Object.keys(worst).filter((n) => n !== "step");
     downloads(box.querySelector(".data"), [
       ["curves", fileName("head"), () => csv([["step", ...names], ...found.step.map((s, i) => [s, ...names.map((n) => line(n)[i])])])],
@@ -326,19 +269,19 @@
   async function drawKept(found) {
     const box = panel.querySelector('[data-name="raster"]');
     const layer = found ? found.layers.indexOf(at.layer) : -1;
-    const some = [...blobs.keys()].some((key) => key.startsWith("raster/"));
+    const some = page.has("raster/", true);
     absent(box, layer >= 0 ? "" : some ? notHeld()
       : "This run does not say which tokens were kept: run again with --detail retained.");
     if (layer < 0) { return; }
     const share = found.share[layer][found.sets[layer][at.head]];
     const dark = root.dataset.theme === "dark";
-    await plotted(box.querySelector(".plot"), "raster", [{type: "heatmap", x: found.steps, y: found.tokens,
+    await page.draw(box.querySelector(".plot"), "raster", {data: [{type: "heatmap", x: found.steps, y: found.tokens,
       z: share.map((row) => row.map((v) => (v < 0 ? null : v / 100))), zmin: 0, zmax: 1,
       colorscale: dark ? [[0, "#1b2530"], [1, "#7db7f2"]] : [[0, "#f3f8fd"], [1, "#08519c"]],
       colorbar: {title: {text: "kept"}, tickformat: ".0%", thickness: 12},
       hovertemplate: "around step %{x:.0f}, token %{y:.0f}<br>%{z:.0%} kept<extra></extra>"}],
-      themed({height: 430, margin: {l: 58, r: 12, t: 34, b: 46}, plot_bgcolor: css("--grid"),
-        xaxis: {title: {text: "decode step"}, showgrid: false}, yaxis: {title: {text: "token position"}, showgrid: false}}, 0));
+    layout: {height: 430, margin: {l: 58, r: 12, t: 34, b: 46}, plot_bgcolor: css("--grid"),
+        xaxis: {title: {text: "decode step"}, showgrid: false}, yaxis: {title: {text: "token position"}, showgrid: false}}});
     downloads(box.querySelector(".data"), [["retained", fileName("raster"), () => csv([
       ["token", "token_end", "step", "step_end", "retained"], ...share.flatMap((row, t) => row.map((v, s) =>
         [found.tokens[t], found.tokens[t + 1], found.steps[s], found.steps[s + 1], v < 0 ? "" : v / 100]))])]]);
@@ -348,7 +291,7 @@
     const place = document.getElementById("angles");
     const layer = found ? found.layers.indexOf(at.layer) : -1;
     const stepSelect = plane.querySelector('[data-part="step"]');
-    const some = [...blobs.keys()].some((key) => key.startsWith("pca/"));
+    const some = page.has("pca/", true);
     place.replaceChildren();
     let reason = layer >= 0 ? "" : some ? "There are no output vectors of this configuration and layer here: it evicted " +
       "nothing at the steps that were stored, or was left out of the page." :
@@ -376,9 +319,9 @@
       marker: {color: r.colour, size: [0, v < 3 ? 10 : 11], symbol: ["circle", "square", "diamond", "square-open", "circle-open",
         "triangle-up-open", "cross-open", "star-open"][Math.min(v, 7)]},
       hovertemplate: `<b>${r.shown}</b><br>length ${number(r.length)}<extra></extra>`}));
-    await plotted(plane.querySelector(".plot"), "pca", traces, themed({height: 500, margin: {l: 58, r: 12, t: 34, b: 46},
+    await page.draw(plane.querySelector(".plot"), "pca", {data: traces, layout: {height: 500, margin: {l: 58, r: 12, t: 34, b: 46},
       legend: {orientation: "h", y: -0.17}, hovermode: "closest", xaxis: {title: {text: "first principal axis"}, zeroline: true},
-      yaxis: {title: {text: "second principal axis"}, scaleanchor: "x", zeroline: true}}, 0));
+      yaxis: {title: {text: "second principal axis"}, scaleanchor: "x", zeroline: true}}});
     const angle = (v) => (v === null ? "–" : `${v.toFixed(v < 10 ? 1 : 0)}°`);
     place.append(table(`${at.label}, layer ${at.layer}, query head ${at.head}, step ${at.step}`,
       ["vector", "length", "to f_E", "to f_R", "in the plane"],
@@ -436,37 +379,6 @@
     document.getElementById("n-shown").textContent = `${boxes.length - out.size} of ${boxes.length}`;
   }
 
-  function sortBy(button) {
-    const header = button.closest("th");
-    const sorted = button.closest("table");
-    const column = [...header.parentElement.children].indexOf(header);
-    const up = header.getAttribute("aria-sort") !== "ascending";
-    for (const th of header.parentElement.children) { th.setAttribute("aria-sort", "none"); }
-    header.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const value = (row) => row.children[column].dataset.v;
-    const rows = [...sorted.tBodies[0].rows];
-    const numeric = rows.every((r) => value(r) === "" || !Number.isNaN(Number(value(r))));
-    rows.sort((a, b) => {
-      const [x, y] = [value(a), value(b)];
-      if (x === "" || y === "") { return (x === "") - (y === ""); }  // nothing measured comes last, both ways
-      const order = numeric ? Number(x) - Number(y) : x.localeCompare(y, "en", {numeric: true});
-      return up ? order : -order;
-    });
-    sorted.tBodies[0].append(...rows);
-  }
-
-  function tableText(sorted) {
-    const head = [...sorted.tHead.querySelectorAll("button")].map((b) => b.dataset.column);
-    return csv([head, ...[...sorted.tBodies[0].rows].filter((r) => !r.hidden).map((r) => [...r.children].map((c) => c.dataset.v))]);
-  }
-
-  function setTheme(theme) {
-    root.dataset.theme = theme;
-    const button = document.getElementById("theme");
-    button.textContent = theme === "dark" ? "Light" : "Dark";
-    button.setAttribute("aria-pressed", String(theme === "dark"));
-  }
-
   // --- controls -----------------------------------------------------------------------------------------------------
 
   scopeSelect.addEventListener("change", () => { fillBudgets(); filterRows(); showAll(); });
@@ -520,17 +432,8 @@
   });
   heat.addEventListener("focus", () => mark(heat.matches(":focus-visible")));
   heat.addEventListener("blur", () => mark(false));
-  for (const button of document.querySelectorAll("thead button")) { button.addEventListener("click", () => sortBy(button)); }
-  for (const button of document.querySelectorAll("button.csv")) {
-    button.addEventListener("click", () => save(`table_${button.dataset.group}.csv`,
-      tableText(button.closest(".files").previousElementSibling.querySelector("table"))));
-  }
-  document.getElementById("theme").addEventListener("click", () => {
-    setTheme(root.dataset.theme === "dark" ? "light" : "dark");
-    showAll();
-  });
-  const asked = new URLSearchParams(location.search).get("theme");
-  setTheme(asked || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+  page.tables();
+  page.theme(showAll);
   fillBudgets();
   filterRows();
   root.dataset.opened = Math.round(performance.now());  // milliseconds until findings and tables can be read and used
