@@ -50,8 +50,6 @@ def errors(results, factor, budget=None, group="evictable"):
 def taus(table):
     """Kendall's tau-b between the rows of errors(): frame (level, level); 1 = the same order, -1 = the reverse, about 0
     = unrelated. NaN where all methods of a level are equal."""
-    from scipy.stats import kendalltau  # takes as long to load as everything else: only where it is needed
-
     values = table.to_numpy(float)
     first, second = np.triu_indices(values.shape[1], k=1)
     signs = np.sign(values[:, first] - values[:, second])  # (levels, pairs of methods); 0 where a pair is tied
