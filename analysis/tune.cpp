@@ -69,7 +69,7 @@ class Tuning {
   TuneOutcome operator()() {
     parse();
     open_traces();
-    prepare_folder();
+    refuse_used_folder(request_.out, request_.force);
     try {
       make_part();
       if (look() && choose_and_check()) {
@@ -199,17 +199,6 @@ class Tuning {
     }
     if (!request_.holdout.empty()) {
       layers_to_hold_out();  // ConfigError where there are none, before anything runs
-    }
-  }
-
-  void prepare_folder() const {
-    const fs::path& out = request_.out;
-    std::error_code error;
-    if (fs::exists(out, error) && !fs::is_directory(out, error)) {
-      throw ConfigError("--out " + out.string() + " is not a folder");
-    }
-    if (fs::is_directory(out, error) && !fs::is_empty(out, error) && !request_.force) {
-      throw ConfigError("--out " + out.string() + " is not empty; name another folder or add --force");
     }
   }
 

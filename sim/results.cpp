@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "policies/errors.hpp"
 #include "traces/hdf5.hpp"
 
 namespace kvreplay {
@@ -106,6 +107,16 @@ Statistics statistics(std::span<const float> values) {
   s.p99 = quantile(counted, 0.99);
   s.max = double(counted.back());
   return s;
+}
+
+void refuse_used_folder(const fs::path& out, bool force) {
+  std::error_code error;
+  if (fs::exists(out, error) && !fs::is_directory(out, error)) {
+    throw ConfigError("--out " + out.string() + " is not a folder");
+  }
+  if (fs::is_directory(out, error) && !fs::is_empty(out, error) && !force) {
+    throw ConfigError("--out " + out.string() + " is not empty; name another folder or add --force");
+  }
 }
 
 std::string csv_field(const std::string& text) {

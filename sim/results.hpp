@@ -57,6 +57,8 @@ class ResultsWriter {
   std::vector<std::int32_t> n_steps_;
 };
 
+// ConfigError where `out` is a file, or holds files and `force` does not allow that.
+void refuse_used_folder(const std::filesystem::path& out, bool force);
 // "a,b" -> "\"a,b\"" where RFC 4180 asks for it.
 std::string csv_field(const std::string& text);
 // A file that appears under its final name whole or not at all.

@@ -375,13 +375,8 @@ class Run {
   }
 
   void prepare_folder() const {
+    refuse_used_folder(request_.out, request_.force);
     std::error_code error;
-    if (fs::exists(request_.out, error) && !fs::is_directory(request_.out, error)) {
-      throw ConfigError("--out " + request_.out.string() + " is not a folder");
-    }
-    if (fs::is_directory(request_.out, error) && !fs::is_empty(request_.out, error) && !request_.force) {
-      throw ConfigError("--out " + request_.out.string() + " is not empty; name another folder or add --force");
-    }
     fs::create_directories(request_.out, error);
     if (error) {
       throw ConfigError("--out " + request_.out.string() + " cannot be made: " + error.message());
