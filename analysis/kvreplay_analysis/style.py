@@ -166,6 +166,9 @@ def to_bytes(figure, format):
         if figure.get_layout_engine():
             figure.draw_without_rendering()
             figure.set_layout_engine(None)  # the layout is found: no format needs to search for it again
+            for ax in figure.axes:  # the search's last digits are not the same each time
+                bounds = ax.get_position(original=True).bounds
+                ax.set_position([round(b, 6) for b in bounds])
         figure.savefig(out, format=format, metadata=metadata)
     return out.getvalue()
 

@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
-#include <thread>
 
 #include "analysis/explain.hpp"
 #include "policies/errors.hpp"
+#include "sim/cli/arguments.hpp"
 #include "sim/cli/exit.hpp"
 #include "sim/cli/progress.hpp"
 #include "sim/cli/python.hpp"
@@ -39,14 +39,8 @@ ExplainRequest request_of(const Options& o) {
   if (!o.memory.empty()) {
     r.memory = parse_bytes("--memory", o.memory);
   }
-  if (o.top < 1 || o.top > 1000000) {
-    throw ConfigError(fmt::format("--top: {} is not allowed, it must be from 1 to 1000000", o.top));
-  }
-  if (o.threads < 0 || o.threads > 1024) {
-    throw ConfigError(fmt::format("--threads: {} is not allowed, it must be from 1 to 1024", o.threads));
-  }
   r.top = o.top;
-  r.threads = o.threads > 0 ? o.threads : std::max(1, int(std::thread::hardware_concurrency()));
+  r.threads = threads_or_all(o.threads);
   r.argv = command_line();
   r.stop = &stop_requested;
   return r;
@@ -66,13 +60,16 @@ void add_explain_command(CLI::App& app) {
   command->add_option("--layers", o->layers, "The model's layer numbers, as 0,4-7 (default: all of the run)");
   command->add_option("--traces-in", o->traces_in,
                       "Folder where the traces lie now (default: where the run read them)");
-  command->add_option("--top", o->top, "Tokens listed per head in tokens.csv, the rest in one row (default: 200)");
-  command->add_option("-j,--threads", o->threads, "Threads (default: all)");
+  CLI::Option* top =
+      command->add_option("--top", o->top, "Tokens listed per head in tokens.csv, the rest in one row (default: 200)");
+  CLI::Option* threads = command->add_option("-j,--threads", o->threads, "Threads (default: all)");
   command->add_option("--memory", o->memory,
                       "Memory to stay within, as 8GiB (default: three quarters of what is free)");
   command->add_option("-o,--out", o->out, "The page (default: DIR/explain/METHOD.../explain.html)");
   command->add_flag("--json", o->json, "Print the numbers as JSON instead of text");
-  command->callback([o] {
+  command->callback([o, top, threads] {
+    check_range(top, o->top, 1, 1000000);
+    check_range(threads, o->threads, 1, 1024);
     ExplainRequest request = request_of(*o);
     stop_on_signals();
     ExplainOutcome outcome;
@@ -82,8 +79,7 @@ void add_explain_command(CLI::App& app) {
       outcome = explain(request);
     }
     if (!outcome.run.failed.empty()) {
-      std::fputs(fmt::format("kvreplay: {}\n", outcome.run.failed[0]).c_str(), stderr);
-      throw Exit{outcome.run.trace_failed ? kTrace : kOther};
+      fail(outcome.run.failed, outcome.run.trace_failed, "more");
     }
     if (outcome.run.interrupted) {
       std::fputs("kvreplay: stopped before the end; nothing is written\n", stderr);

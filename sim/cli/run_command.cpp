@@ -9,12 +9,12 @@
 #include <iterator>
 #include <limits>
 #include <memory>
-#include <thread>
 #include <utility>
 
 #include "analysis/tuned_methods.hpp"
 #include "policies/errors.hpp"
 #include "policies/method.hpp"
+#include "sim/cli/arguments.hpp"
 #include "sim/cli/exit.hpp"
 #include "sim/cli/progress.hpp"
 #include "sim/cli/stop.hpp"
@@ -30,25 +30,6 @@ struct Options {
   std::int64_t seed = 0;
   bool force = false;
 };
-
-std::vector<std::string> split(const std::string& list) {
-  std::vector<std::string> pieces;
-  for (std::size_t begin = 0; begin <= list.size();) {
-    const std::size_t end = std::min(list.find(',', begin), list.size());
-    pieces.push_back(list.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return pieces;
-}
-
-void check_range(const char* option, std::int64_t value, std::int64_t least, std::int64_t most) {
-  if (value < least) {
-    throw ConfigError(fmt::format("{}: {} is not allowed, it must be at least {}", option, value, least));
-  }
-  if (value > most) {
-    throw ConfigError(fmt::format("{}: {} is not allowed, it must be at most {}", option, value, most));
-  }
-}
 
 // The methods of a tuned.json, each at the budgets it was chosen for (of those asked for); others run at all of them.
 void add_tuned(RunRequest& r, const std::string& file) {
@@ -88,7 +69,7 @@ RunRequest request_of(const Options& o, bool compensators_given) {
     }
   }
   for (const std::string& text : o.budgets) {
-    for (std::string& b : split(text)) {
+    for (std::string& b : comma_list(text)) {
       r.budgets.push_back(std::move(b));
     }
   }
@@ -109,7 +90,7 @@ RunRequest request_of(const Options& o, bool compensators_given) {
   }
   r.prompt_len = o.prompt_len;
   r.max_steps = o.max_steps;
-  for (const std::string& d : o.detail.empty() ? std::vector<std::string>{} : split(o.detail)) {
+  for (const std::string& d : o.detail.empty() ? std::vector<std::string>{} : comma_list(o.detail)) {
     if (d == "steps") {
       r.detail.steps = true;
     } else if (d == "retained") {
@@ -129,7 +110,7 @@ RunRequest request_of(const Options& o, bool compensators_given) {
     r.output_steps.erase(std::unique(r.output_steps.begin(), r.output_steps.end()), r.output_steps.end());
   }
   r.n_checkpoints = o.checkpoints;
-  r.threads = o.threads > 0 ? o.threads : std::max(1, int(std::thread::hardware_concurrency()));
+  r.threads = threads_or_all(o.threads);
   r.seed = std::uint64_t(o.seed);
   if (!o.memory.empty()) {
     r.memory = parse_bytes("--memory", o.memory);
@@ -163,25 +144,20 @@ void add_run_command(CLI::App& app) {
       run_app->add_option("--max-steps", o->max_steps, "Replay only the first so many decode steps (default: all)");
   run_app->add_option("--detail", o->detail, "Also write steps, retained, outputs (a comma list)");
   run_app->add_option("--steps", o->steps, "Decode steps of --detail outputs, as 0,100-103");
-  run_app->add_option("--checkpoints", o->checkpoints, "Steps at which subspaces are compared (default: 16)");
+  CLI::Option* checkpoints =
+      run_app->add_option("--checkpoints", o->checkpoints, "Steps at which subspaces are compared (default: 16)");
   CLI::Option* threads = run_app->add_option("-j,--threads", o->threads, "Threads (default: all)");
-  run_app->add_option("--seed", o->seed, "Seed of random methods and splits (default: 0)");
+  CLI::Option* seed = run_app->add_option("--seed", o->seed, "Seed of random methods and splits (default: 0)");
   run_app->add_option("--memory", o->memory,
                       "Memory to stay within, as 8GiB (default: three quarters of what is free)");
   run_app->add_option("-o,--out", o->out, "Folder for the results")->required();
   run_app->add_flag("--force", o->force, "Write into a folder that is not empty");
-  run_app->callback([o, compensators, prompt_len, max_steps, threads] {
-    if (prompt_len->count() > 0) {
-      check_range("--prompt-len", o->prompt_len, 1, 1 << 30);
-    }
-    if (max_steps->count() > 0) {
-      check_range("--max-steps", o->max_steps, 1, 1 << 30);
-    }
-    if (threads->count() > 0) {
-      check_range("--threads", o->threads, 1, 1024);
-    }
-    check_range("--checkpoints", o->checkpoints, 1, 1 << 20);
-    check_range("--seed", o->seed, 0, std::numeric_limits<std::int64_t>::max());
+  run_app->callback([=] {
+    check_range(prompt_len, o->prompt_len, 1, 1 << 30);
+    check_range(max_steps, o->max_steps, 1, 1 << 30);
+    check_range(threads, o->threads, 1, 1024);
+    check_range(checkpoints, o->checkpoints, 1, 1 << 20);
+    check_range(seed, o->seed, 0, std::numeric_limits<std::int64_t>::max());
     if (o->out.empty()) {
       throw ConfigError("--out: the folder's name is empty");
     }
@@ -195,11 +171,7 @@ void add_run_command(CLI::App& app) {
       outcome = run(request);
     }
     if (!outcome.failed.empty()) {
-      const std::size_t more = outcome.failed.size() - 1;
-      const std::string others =
-          more > 0 ? fmt::format(" (and {} more, listed in {}/run.json)", more, request.out.string()) : "";
-      std::fputs(fmt::format("kvreplay: {}{}\n", outcome.failed[0], others).c_str(), stderr);
-      throw Exit{outcome.trace_failed ? kTrace : kOther};
+      fail(outcome.failed, outcome.trace_failed, fmt::format("more, listed in {}/run.json", request.out.string()));
     }
     fmt::print("{} cells in {}\n", outcome.n_cells, request.out.string());
     if (outcome.interrupted) {

@@ -7,10 +7,10 @@
 #include <cstdio>
 #include <limits>
 #include <memory>
-#include <thread>
 
 #include "analysis/tune.hpp"
 #include "policies/errors.hpp"
+#include "sim/cli/arguments.hpp"
 #include "sim/cli/exit.hpp"
 #include "sim/cli/progress.hpp"
 #include "sim/cli/python.hpp"
@@ -29,13 +29,6 @@ struct Options {
   bool force = false, json = false;
 };
 
-void check_range(const CLI::Option* option, std::int64_t value, std::int64_t least, std::int64_t most) {
-  if (option->count() > 0 && (value < least || value > most)) {
-    throw ConfigError(
-        fmt::format("{}: {} is not allowed, it must be {} to {}", option->get_name(), value, least, most));
-  }
-}
-
 TuneRequest request_of(const Options& o) {
   TuneRequest r;
   r.traces.assign(o.traces.begin(), o.traces.end());
@@ -44,10 +37,8 @@ TuneRequest request_of(const Options& o) {
   r.method = o.method;
   r.params = o.params;
   for (const std::string& list : o.budgets) {
-    for (std::size_t begin = 0; begin <= list.size();) {
-      const std::size_t end = std::min(list.find(',', begin), list.size());
-      r.budgets.push_back(list.substr(begin, end - begin));
-      begin = end + 1;
+    for (std::string& b : comma_list(list)) {
+      r.budgets.push_back(std::move(b));
     }
   }
   r.objective = o.objective;
@@ -57,7 +48,7 @@ TuneRequest request_of(const Options& o) {
   }
   r.prompt_len = o.prompt_len;
   r.max_steps = o.max_steps;
-  r.threads = o.threads > 0 ? o.threads : std::max(1, int(std::thread::hardware_concurrency()));
+  r.threads = threads_or_all(o.threads);
   r.seed = std::uint64_t(o.seed);
   if (!o.memory.empty()) {
     r.memory = parse_bytes("--memory", o.memory);
@@ -123,11 +114,7 @@ void add_tune_command(CLI::App& app) {
       outcome = tune(request);
     }
     if (!outcome.failed.empty()) {
-      const std::size_t more = outcome.failed.size() - 1;
-      std::fputs(fmt::format("kvreplay: {}{}\n", outcome.failed[0], more > 0 ? fmt::format(" (and {} more)", more) : "")
-                     .c_str(),
-                 stderr);
-      throw Exit{outcome.trace_failed ? kTrace : kOther};
+      fail(outcome.failed, outcome.trace_failed, "more");
     }
     if (outcome.interrupted) {
       throw Exit{kInterrupted};
