@@ -50,7 +50,7 @@ struct Recorded {
   std::vector<Trace> traces;
   std::vector<RecordedMethod> methods;
   std::vector<std::string> budgets, compensators;
-  std::map<std::string, std::string> table_files;  // where a table lay that is not called like its file
+  std::map<std::string, fs::path> table_files;  // where a table lay that is not called like its file
   std::uint64_t seed = 0;
 };
 
@@ -79,7 +79,9 @@ Recorded read_run(const fs::path& folder) {
                           .n_skipped = t.at("layers_skipped").size()});
     }
     r.budgets = j.at("budgets");
-    r.table_files = j.value("table_files", r.table_files);
+    for (const auto& [name, file] : j.value("table_files", std::map<std::string, std::string>())) {
+      r.table_files[name] = file;
+    }
     for (const json& m : j.at("methods")) {
       r.methods.push_back({.label = m.at("label"),
                            .name = m.at("method"),
@@ -103,14 +105,17 @@ Recorded read_run(const fs::path& folder) {
   return r;
 }
 
-// One name out of those that there are.
-std::string one_of(const std::string& what, const std::string& asked, const std::vector<std::string>& there,
-                   const fs::path& folder) {
+[[noreturn]] void refuse(const std::string& what, const std::string& asked, const std::vector<std::string>& there,
+                         const fs::path& folder) {
+  throw ConfigError(fmt::format("{}: '{}' is not in {}, which has {}; the nearest is '{}'", what, asked,
+                                folder.string(), fmt::join(there, ", "), nearest(asked, there)));
+}
+
+void check_name(const std::string& what, const std::string& asked, const std::vector<std::string>& there,
+                const fs::path& folder) {
   if (std::find(there.begin(), there.end(), asked) == there.end()) {
-    throw ConfigError(fmt::format("{}: '{}' is not in {}, which has {}; the nearest is '{}'", what, asked,
-                                  folder.string(), fmt::join(there, ", "), nearest(asked, there)));
+    refuse(what, asked, there, folder);
   }
-  return asked;
 }
 
 // The run's own text for a method, asked for by that text or by its canonical one.
@@ -123,18 +128,11 @@ const Recorded::RecordedMethod& find_method(const Recorded& recorded, const std:
     }
     labels.push_back(m.label);
   }
-  one_of(option, asked, labels, folder);
-  throw ConfigError(option + ": '" + asked + "' is not there");  // not reached: one_of has thrown
+  refuse(option, asked, labels, folder);
 }
 
 Method parse(const Recorded& recorded, const Recorded::RecordedMethod& m) {
-  const TableReader read_table = [&recorded](const std::string& name) {
-    const auto it = recorded.table_files.find(name);
-    ValueTable table = read_value_table(it == recorded.table_files.end() ? name : it->second);
-    table.path = name;
-    return table;
-  };
-  Method method = parse_method(m.label, read_table);
+  Method method = parse_method(m.label, table_reader(recorded.table_files));
   for (const PartUse* part : method.parts()) {
     for (const Setting& s : part->settings) {
       const auto it = s.table ? m.tables.find(s.table->path) : m.tables.end();
@@ -147,8 +145,7 @@ Method parse(const Recorded& recorded, const Recorded::RecordedMethod& m) {
 }
 
 int tokens_of(const std::string& budget, const Recorded& recorded, const TraceInfo& trace) {
-  const double slot = (trace.element == ElementType::f32 ? 4.0 : 2.0) * (trace.head_dim + trace.v_head_dim);
-  return Budget::parse(budget).tokens(recorded.traces[0].prompt_len, slot, 0, 1);
+  return Budget::parse(budget).tokens(recorded.traces[0].prompt_len, slot_bytes(trace), 0, 1);
 }
 
 // Where methods differ most: not at the run's largest budget, where little is lost, nor at its smallest.
@@ -321,11 +318,9 @@ class AttributionWriter {
   std::string tokens_;  // rows of tokens.csv so far
 };
 
-// Where the trace's reader and the layer in use are kept while cells come in.
 struct OpenTrace {
   TraceReader reader;
-  Pos n_tokens = 0, prompt_len = 0;
-  std::optional<Layer> layer;
+  Pos n_tokens = 0;  // of the run
 };
 
 // The folder that files are made in before they replace those of an earlier explanation.
@@ -372,7 +367,13 @@ class Explain {
     const Draft draft(folder);
     run_.out = draft.path;
     AttributionWriter writer(run_.out, request_.top);
-    run_.cell = [&](const CellId& id, const CellResult& cell) { attribute_cell(id, cell, writer); };
+    run_.cell = [&](const CellId& id, const CellResult& cell, const Layer& layer) {
+      const OpenTrace& t = open_.at(id.trace);
+      if (seen_.insert(id.trace).second) {
+        writer.add_trace(t.reader.info(), t.n_tokens);
+      }
+      writer.add(id, t.reader.info(), attribute(layer, cell, request_.threads));
+    };
     ExplainOutcome outcome{.folder = folder, .run = run(run_)};
     if (outcome.run.failed.empty() && !outcome.run.interrupted) {
       writer.publish();
@@ -391,7 +392,7 @@ class Explain {
       one_model &= t.model == recorded_.traces[0].model;
     }
     for (const std::string& name : request_.traces) {
-      one_of("--trace", name, stems, request_.results);
+      check_name("--trace", name, stems, request_.results);
     }
     std::vector<Recorded::Trace> chosen;
     for (const Recorded::Trace& t : recorded_.traces) {
@@ -403,7 +404,7 @@ class Explain {
     recorded_.traces = chosen;
     for (const Recorded::Trace& t : recorded_.traces) {
       const fs::path path = find_trace(t, request_);
-      OpenTrace open{.reader = TraceReader(path), .n_tokens = t.n_tokens, .prompt_len = t.prompt_len, .layer = {}};
+      OpenTrace open{.reader = TraceReader(path), .n_tokens = t.n_tokens};
       const TraceInfo& info = open.reader.info();
       if (info.content_hash != t.content_hash || info.n_tokens < t.n_tokens) {
         throw TraceError(fmt::format(
@@ -474,9 +475,9 @@ class Explain {
       throw ConfigError("--budget: " + request_.results.string() + " has no budgets; leave it away");
     }
     if (!request_.budget.empty()) {
-      one_of("--budget", request_.budget, budgets, request_.results);
+      check_name("--budget", request_.budget, budgets, request_.results);
     }
-    run_.tables.insert(recorded_.table_files.begin(), recorded_.table_files.end());
+    run_.tables = recorded_.table_files;
     const TraceInfo& trace = open_.at(recorded_.traces[0].stem).reader.info();
     for (const Method& method : methods) {
       if (method.budgeted() && run_.budgets.empty() && !budgets.empty()) {  // else run() says so
@@ -533,26 +534,6 @@ class Explain {
       name += "_at_" + slug(run_.budgets[0]);
     }
     return request_.results / "explain" / name;
-  }
-
-  void attribute_cell(const CellId& id, const CellResult& cell, AttributionWriter& writer) {
-    OpenTrace& t = open_.at(id.trace);
-    if (seen_.insert(id.trace).second) {
-      for (auto& [stem, other] : open_) {
-        other.layer.reset();
-      }
-      writer.add_trace(t.reader.info(), t.n_tokens);
-    }
-    if (!t.layer || t.layer->index != id.layer) {
-      t.layer.reset();  // never two at once
-      t.layer = load_layer(t.reader, id.layer,
-                           {.prompt_len = t.prompt_len,
-                            .n_tokens = t.n_tokens,
-                            .first_query = t.prompt_len,
-                            .scores = {},
-                            .w_o = false});
-    }
-    writer.add(id, t.reader.info(), attribute(*t.layer, cell, request_.threads));
   }
 
   std::string explain_json() const {

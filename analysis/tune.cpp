@@ -17,6 +17,7 @@
 #include "policies/errors.hpp"
 #include "policies/help.hpp"
 #include "policies/values.hpp"
+#include "sim/load.hpp"
 #include "sim/run.hpp"
 #include "sim/version.hpp"
 #include "traces/reader.hpp"
@@ -160,10 +161,9 @@ class Tuning {
             request_.max_steps > 0 ? std::min(i.n_tokens, prompt_len + request_.max_steps) : i.n_tokens;
         std::vector<int> layers;
         for (const int layer : i.layers) {
-          const int window = std::size_t(layer) < i.sliding_window.size() ? i.sliding_window[std::size_t(layer)] : 0;
           const bool asked = request_.layers.empty() ||
                              std::find(request_.layers.begin(), request_.layers.end(), layer) != request_.layers.end();
-          if (asked && (window == 0 || window >= n_tokens)) {
+          if (asked && short_window(i, layer, n_tokens) == 0) {
             layers.push_back(layer);
           }
         }
@@ -336,7 +336,7 @@ class Tuning {
       r.methods.push_back(c.text);
     }
     std::vector<std::vector<ByLayer>> measured(shown.size(), std::vector<ByLayer>(budgets_.size()));
-    r.cell = [&](const CellId& id, const CellResult& cell) {
+    r.cell = [&](const CellId& id, const CellResult& cell, const Layer&) {
       const auto b = std::find(budgets_.begin(), budgets_.end(), id.budget) - budgets_.begin();
       std::vector<Sums>& rows = measured[index.at(id.label)][std::size_t(b)][id.layer];
       const std::vector<Sums> more = objective_.measure(cell, id.n_heads, id.n_kv_heads);

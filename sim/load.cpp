@@ -13,6 +13,13 @@ Pos first_stored_query(const TraceReader& trace, int layer) {
   return first;
 }
 
+int short_window(const TraceInfo& info, int layer, Pos n_tokens) {
+  const int window = std::size_t(layer) < info.sliding_window.size() ? info.sliding_window[std::size_t(layer)] : 0;
+  return window < n_tokens ? window : 0;
+}
+
+double slot_bytes(const TraceInfo& info) { return double(size_of(info.element)) * (info.head_dim + info.v_head_dim); }
+
 Layer load_layer(const TraceReader& trace, int number, const LoadOptions& options) {
   trace.check_unchanged();
   const TraceInfo& info = trace.info();
@@ -29,7 +36,7 @@ Layer load_layer(const TraceReader& trace, int number, const LoadOptions& option
   l.first_query = options.first_query;
   l.logit_softcap = float(info.logit_softcap);
   l.scale = float(info.attention_scale);
-  l.element_bytes = info.element == ElementType::f32 ? 4 : 2;
+  l.element_bytes = int(size_of(info.element));
   for (const Span& span : info.spans) {
     if (span.begin < l.n_tokens) {
       l.spans.push_back({span.name, span.begin, std::min(span.end, l.n_tokens)});

@@ -13,6 +13,11 @@ struct LoadOptions {
   bool w_o = false;
 };
 
+// The layer's sliding window where it is shorter than n_tokens, so that the layer cannot be replayed; else 0.
+int short_window(const TraceInfo&, int layer, Pos n_tokens);
+
+double slot_bytes(const TraceInfo&);  // of one token's key and value as stored
+
 // Reads one layer. TraceError where the trace cannot give it; check_unchanged has been called.
 Layer load_layer(const TraceReader&, int layer, const LoadOptions&);
 

@@ -82,12 +82,7 @@ class Run {
 
  private:
   void parse() {
-    const TableReader read_table = [this](const std::string& name) {
-      const auto it = request_.tables.find(name);
-      ValueTable table = read_value_table(it == request_.tables.end() ? name : it->second.string());
-      table.path = name;
-      return table;
-    };
+    const TableReader read_table = table_reader(request_.tables);
     for (const std::string& text : request_.methods) {
       methods_.push_back(std::make_unique<Method>(parse_method(text, read_table)));
       for (std::size_t i = 0; i + 1 < methods_.size(); ++i) {
@@ -186,8 +181,7 @@ class Run {
       }
     }
     for (int layer : request_.layers.empty() ? info.layers : request_.layers) {
-      const int window = std::size_t(layer) < info.sliding_window.size() ? info.sliding_window[std::size_t(layer)] : 0;
-      if (window > 0 && window < input.n_tokens) {
+      if (const int window = short_window(info, layer, input.n_tokens); window > 0) {
         input.skipped.emplace_back(layer,
                                    fmt::format("its sliding window of {} tokens is shorter than the trace", window));
       } else {
@@ -318,9 +312,8 @@ class Run {
 
   static int tokens(const Input& input, const Method& m, const Budget& budget, Scope scope) {
     const TraceInfo& info = input.reader.info();
-    const double slot = (info.element == ElementType::f32 ? 4.0 : 2.0) * (info.head_dim + info.v_head_dim);
     const double state = m.compensate ? state_bytes(input, *m.compensate) : 0;
-    return budget.tokens(input.prompt_len, slot, state, scope == Scope::query_head ? info.group_size : 1);
+    return budget.tokens(input.prompt_len, slot_bytes(info), state, scope == Scope::query_head ? info.group_size : 1);
   }
 
   // Tokens per set, mean over a layer's sets, for each layer of the trace in the run.
@@ -497,7 +490,7 @@ class Run {
           writer_->add(id, cell, request_.output_steps, info.v_head_dim);
         }
         if (request_.cell) {
-          request_.cell(id, cell);
+          request_.cell(id, cell, data);
         }
       }
     }
@@ -670,6 +663,15 @@ class Run {
 };
 
 }  // namespace
+
+TableReader table_reader(const std::map<std::string, fs::path>& tables) {
+  return [tables](const std::string& name) {
+    const auto it = tables.find(name);
+    ValueTable table = read_value_table(it == tables.end() ? name : it->second.string());
+    table.path = name;
+    return table;
+  };
+}
 
 RunOutcome run(const RunRequest& request) { return Run(request)(); }
 

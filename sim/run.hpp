@@ -35,7 +35,7 @@ struct RunRequest {
   bool force = false;
   std::vector<std::string> argv;
   const std::atomic<bool>* stop = nullptr;
-  std::function<void(const CellId&, const CellResult&)> cell;  // sees every finished cell
+  std::function<void(const CellId&, const CellResult&, const Layer&)> cell;  // sees every finished cell
   // After every block: decode steps of one method done, in all, and what is being replayed.
   std::function<void(double done, double total, const std::string& what)> progress;
 };
@@ -60,5 +60,7 @@ std::uint64_t parse_bytes(const std::string& option, const std::string& text);
 std::vector<int> parse_integers(const std::string& option, const std::string& text);
 // A JSON file of one number per layer, or per layer and KV head, for "@file.json" in a method's text.
 ValueTable read_value_table(const std::string& path);
+// The same by name, where `tables` says in which file some names lie; the table keeps its name.
+TableReader table_reader(const std::map<std::string, std::filesystem::path>& tables);
 
 }  // namespace kvreplay

@@ -87,7 +87,7 @@ Means one_run(const fs::path& trace, const std::string& method, const std::strin
   r.methods = {method};
   r.budgets = {budget};
   r.metrics = MetricSet::parse("error_output");
-  r.cell = [&](const CellId& id, const CellResult& cell) {
+  r.cell = [&](const CellId& id, const CellResult& cell, const Layer&) {
     const Series& s = *cell.find(Metric::error_output);
     for (int row = 0; row < s.rows; ++row) {
       for (const float x : s.row(row)) {
@@ -196,7 +196,7 @@ TEST_CASE("the choice for everything, per layer and per KV head is that of separ
     check.budgets = {budget};
     check.tables = chosen.tables;
     check.metrics = MetricSet::parse("error_output");
-    check.cell = [&](const CellId& id, const CellResult& cell) {
+    check.cell = [&](const CellId& id, const CellResult& cell, const Layer&) {
       const Objective o = Objective::parse("error_output");
       const std::vector<Sums> rows = o.measure(cell, id.n_heads, id.n_kv_heads);
       for (std::size_t head = 0; head < 2; ++head) {
