@@ -9,6 +9,7 @@ namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
+extern const PartInfo morphkv, rpc, longflow, vatp, scissorhands;
 
 namespace {
 
@@ -27,6 +28,11 @@ constexpr const PartInfo* kParts[] = {
     &given,
     &oracle_mass,
     &oracle_greedy,
+    &morphkv,
+    &rpc,
+    &longflow,
+    &vatp,
+    &scissorhands,
     // read
     &quest,
     &topk,
