@@ -16,8 +16,8 @@ inline MatF first_keys(const View& view, int lane, Eigen::Index n) {
   return k;
 }
 
-// Slots before position `end`.
-inline Eigen::Index slots_before(const View& view, Pos end) {
+// Slots whose tokens lie before position `end`.
+inline Eigen::Index slots_older_than(const View& view, Pos end) {
   return std::lower_bound(view.pos.begin(), view.pos.end(), end) - view.pos.begin();
 }
 
@@ -41,7 +41,7 @@ inline Eigen::RowVectorXd pooled_mean(const Eigen::RowVectorXd& x, int kernel) {
   return out;
 }
 
-inline void check_kernel(std::string_view owner, int kernel) {
+inline void check_odd_kernel(std::string_view owner, int kernel) {
   if (kernel % 2 == 0) {
     throw ConfigError(std::string(owner) + ": kernel=" + std::to_string(kernel) +
                       " is even; pooling is centred, so kernel must be odd");

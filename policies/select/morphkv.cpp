@@ -67,7 +67,7 @@ class MorphKv final : public Selector {
     const Pos now = view.at_prefill() ? view.now + 1 : view.now;  // of the step whose attention this eviction precedes
     const Pos last = now - 1;
     const Pos first = std::min(last, std::max(first_voter_, now - obs_window_ + (config_.skip_oldest ? 1 : 0)));
-    const Eigen::Index n = slots_before(view, now - obs_window_);
+    const Eigen::Index n = slots_older_than(view, now - obs_window_);
     Eigen::ArrayXf votes = Eigen::ArrayXf::Zero(n);
     if (n > 0) {
       count_votes(view, first, last, votes);

@@ -35,7 +35,7 @@ class Rpc final : public Selector {
   static Needs needs(const Config& c) {
     return {.prompt_queries = c.obs_window.percent ? Needs::kAll : c.obs_window.of(0)};
   }
-  static void check(const Config& c, int) { check_kernel(kName, c.kernel); }
+  static void check(const Config& c, int) { check_odd_kernel(kName, c.kernel); }
 
   Rpc(const Config& config, const SetShape& shape)
       : config_(config), obs_window_(std::max(1, config.obs_window.of(shape.budget))) {}
