@@ -157,6 +157,9 @@ class InfiniPot final : public Selector {
   // Pooled norms; what TaR keeps stands above all of them.
   std::vector<double> judge(const std::vector<int>& slots, int n_keep) const {
     const int n = static_cast<int>(slots.size()), n_blocks = n / config_.block;
+    if (n <= n_keep) {
+      return std::vector<double>(slots.size(), 0.0);  // nothing has to go
+    }
     const int n_van = static_cast<int>(std::nearbyint((1 - config_.tar_ratio) * n_keep));  // half to even
     const int n_tar = n_keep - n_van;
     int recent_blocks = static_cast<int>(std::floor(config_.query_ratio * n_blocks + 1e-9));
