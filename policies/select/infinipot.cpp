@@ -22,7 +22,7 @@ class InfiniPot final : public Selector {
  public:
   struct Config {
     Tokens sink{4, false}, delta{25, true};
-    int block = 32;
+    int block = 16;
     Mapping mapping = Mapping::same_offset;
     Keys keys = Keys::rotated;
     double tar_ratio = 0.5, query_ratio = 0.25;
@@ -37,7 +37,7 @@ class InfiniPot final : public Selector {
   static constexpr std::string_view kPaper = "arXiv:2506.15745";
   static constexpr std::string_view kDeviation =
       "the authors' code for video, carried over to text: a block of tokens is a frame and its offset a patch "
-      "(mapping=same_offset; the other mappings, blocks of 32, and sinks for the system prompt are ours); budget is "
+      "(mapping=same_offset; the other mappings, blocks of 16, and sinks for the system prompt are ours); budget is "
       "the "
       "cap M and budget - delta the target C, 24 of 32 frames as in their script; where recent blocks exceed TaR's "
       "share, which their code forbids, the latest of them fill it";

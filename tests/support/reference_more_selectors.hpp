@@ -47,7 +47,7 @@ MakeSelector reference_expected(const ExpectedAttention& settings = {});
 struct InfiniPot {
   int sink = 4;
   ReferenceTokens delta{0.25, true};
-  int block = 32;
+  int block = 16;
   char mapping = 'A';  // same offset, best match, nearest token, centroid
   bool raw = false;
   double tar_ratio = 0.5, query_ratio = 0.25;
