@@ -9,6 +9,7 @@ namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
+extern const PartInfo morphkv, rpc, longflow, vatp, scissorhands, expected, infinipot;
 
 namespace {
 
@@ -27,6 +28,13 @@ constexpr const PartInfo* kParts[] = {
     &given,
     &oracle_mass,
     &oracle_greedy,
+    &morphkv,
+    &rpc,
+    &longflow,
+    &vatp,
+    &scissorhands,
+    &expected,
+    &infinipot,
     // read
     &quest,
     &topk,
@@ -57,6 +65,8 @@ constexpr Preset kPresets[] = {
      "arXiv:2404.14469",
      "one set per KV head by the group's mean; means over the window where some codes sum, which "
      "ranks alike"},
+    {"expected-attention", "expected:epsilon=0.01+adakv", "Expected Attention as kvpress ranks it among its methods",
+     "arXiv:2510.00636", "as the parts say"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
 };
