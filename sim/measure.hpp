@@ -1,6 +1,7 @@
 // Measures what one lane of a set did in a block: the sums over retained and evicted tokens, and the metrics from them.
 #pragma once
 #include "sim/checkpoints.hpp"
+#include "sim/diagnostics.hpp"
 #include "sim/replay.hpp"
 #include "sim/set.hpp"
 
@@ -21,7 +22,8 @@ struct CellCompensators {
 // Per-lane measuring state of one cell. Writes only its own rows of the cell's series.
 class Meter {
  public:
-  Meter(const Layer&, const ReplayOptions&, const CellCompensators&, CellResult&, Checkpoints&, const Set&, int lane);
+  Meter(const Layer&, const ReplayOptions&, const CellCompensators&, CellResult&, Checkpoints&, const FullAttention&,
+        const Set&, int lane);
   void block(const Set&, Lane&, HeadErrors*);
 
  private:
@@ -43,6 +45,7 @@ class Meter {
   int acting_, row_;  // row_: of KV-head series
   std::vector<std::unique_ptr<Compensator>> compensators_;
   std::unique_ptr<MomentTrack> moments_;
+  std::unique_ptr<Diagnostics> diagnostics_;
   std::vector<int> span_evicted_;  // per span, tokens evicted so far
   Pos begin_ = 0;                  // of the block
 };
