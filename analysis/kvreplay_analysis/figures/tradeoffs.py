@@ -1,6 +1,5 @@
 """What fidelity costs on one GPU: fidelity against throughput, and who is fastest at which context and batch."""
 
-import numpy as np
 from matplotlib.lines import Line2D
 
 from .. import latency
@@ -22,7 +21,8 @@ def draw(results, table, won, workload, style="double"):
         2 if single else 1, 1 if single else 2, figsize=(WIDTHS[style], height), layout="constrained",
         **({"height_ratios": [2.5, 0.5 + 0.28 * len(contexts)]} if single else {"width_ratios": [1.15, 1]}))
     handles = _fidelity(left, results, table, look)
-    left.set_xlabel(f"estimated tokens per second, {latency.canonical(workload.gpu)} full of caches")
+    name = latency.canonical(workload.gpu)
+    left.set_xlabel(f"tokens per second (estimate), {name if name in latency.GPUS else 'GPU'} full of caches")
     _map(right, won, contexts, batches, look)
     legend_below(figure, handles, style)
     return figure
@@ -95,4 +95,4 @@ def _wrapped(name, width=16):
 
 
 def _short(n):
-    return f"{n:.0f}" if np.isfinite(n) and n < 10000 else f"{n / 1024:.0f}k"
+    return f"{n / 1024:.0f}k" if n >= 10000 or (n >= 1024 and n % 1024 == 0) else f"{n:.0f}"
