@@ -218,10 +218,10 @@ def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAUL
 
 
 def best(results, at="tokens", base=None, gpu=latency.DEFAULT, bands=True, budget=None):
-    """The best of each class (CLASSES) near each budget of each group, with its distance to the best oracle: rows of the
-    league with a column `class` in front and, behind, oracle_error (of the group's best oracle at this size), distance
-    = error_output - oracle_error and times_oracle = error_output / oracle_error, each NaN without an oracle. Corrections
-    measured beside a method count as corrections; what carries no budget is in no class."""
+    """The best of each class (CLASSES) near each budget of each group, with its distance to the best oracle: rows of
+    the league with a column `class` in front and, behind, oracle_error (of the group's best oracle at this size),
+    distance = error_output - oracle_error and times_oracle = error_output / oracle_error, each NaN without an oracle.
+    Corrections measured beside a method count as corrections; what carries no budget is in no class."""
     table = league(results, at, base, compensated=True, gpu=gpu, bands=bands, budget=budget)
     table.insert(0, "class", classes(results, table))
     oracles = table[(table["foresight"] == "oracle") & table["error_output"].notna()]
@@ -231,7 +231,8 @@ def best(results, at="tokens", base=None, gpu=latency.DEFAULT, bands=True, budge
     ranked = table[table["rank"].notna()]
     where = list(dict.fromkeys(zip(ranked["group"], ranked["budget"])))
     rows = ranked.loc[ranked.groupby(["group", "budget", "class"])["error_output"].idxmin()]
-    order = [(where.index((r.group, r.budget)), list(CLASSES).index(c)) for r, c in zip(rows.itertuples(), rows["class"])]
+    order = [(where.index((group, budget)), list(CLASSES).index(kind))
+             for group, budget, kind in zip(rows["group"], rows["budget"], rows["class"])]
     rows = rows.iloc[sorted(range(len(rows)), key=order.__getitem__)]
     at_size = list(zip(rows["group"], rows["budget"]))
     rows = rows.assign(oracle=[names.get(k, "") for k in at_size], oracle_error=[least.get(k, np.nan) for k in at_size])

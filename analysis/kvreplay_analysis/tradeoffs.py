@@ -48,8 +48,8 @@ class Workload:
                                          ("arithmetic's energy", self.pj_per_flop),
                                          ("static power", self.static_watts)) if x == 0]
         layers = f"{self.model_layers} layers" if self.model_layers else "the layers of the run"
-        out = (f"{latency.canonical(self.gpu)}: {g.bandwidth / 1e12:g} TB/s, {g.peak / 1e12:g} TFLOPS, {g.memory / 1e9:g} GB ({g.source}); "
-               f"batch {self.batch}, {layers}, launch {self.launch_us:g} us a layer, weights {self.weights_gb:g} GB; "
+        out = (f"{latency.canonical(self.gpu)}: {g.bandwidth / 1e12:g} TB/s, {g.peak / 1e12:g} TFLOPS, "
+               f"{g.memory / 1e9:g} GB ({g.source}); batch {self.batch}, {layers}, launch {self.launch_us:g} us a layer, weights {self.weights_gb:g} GB; "
                f"{self.pj_per_bit:g} pJ/bit read, {self.pj_per_flop:g} pJ/operation, {self.static_watts:g} W static")
         return out + (f"; left out at 0: {', '.join(left_out)}" if left_out else "")
 
@@ -64,7 +64,8 @@ def step_time(bytes_read, operations, n_layers, weights, gpu, batch=1, launch_us
 
 def step_energy(bytes_read, operations, time_us, w):
     """Millijoules of one step of the whole batch; bytes and operations are those of the batch and of all layers."""
-    return 1e3 * (8e-12 * w.pj_per_bit * bytes_read + 1e-12 * w.pj_per_flop * operations) + 1e-3 * w.static_watts * time_us
+    moved = 8e-12 * w.pj_per_bit * bytes_read + 1e-12 * w.pj_per_flop * operations  # joules
+    return 1e3 * moved + 1e-3 * w.static_watts * time_us
 
 
 def capacity(bytes_per_sequence, memory, weights=0.0):
@@ -284,11 +285,10 @@ def winners(results, workload=Workload(), batches=(1, 8, 64), contexts=(), least
                 rate = 1e6 * batch / cost["tpot_us"]
                 if best is None or rate > best[0]:
                     best = rate, c
+            rate, won = best or (np.nan, {"label": "", "compensator": "", "budget": "", "fidelity": np.nan})
             out.append({"context": context, "measured": measured, "batch": int(batch),
-                        "label": best[1]["label"] if best else "", "compensator": best[1]["compensator"] if best else "",
-                        "budget": best[1]["budget"] if best else "",
-                        "fidelity": best[1]["fidelity"] if best else np.nan,
-                        "tokens_per_s": best[0] if best else np.nan, "n_fitting": n})
+                        **{name: won[name] for name in ("label", "compensator", "budget", "fidelity")},
+                        "tokens_per_s": rate, "n_fitting": n})
     return pd.DataFrame(out)
 
 
@@ -337,7 +337,8 @@ def spans(results):
 def eviction_bias(results, first=None, second=None):
     """How unevenly two spans are evicted (arXiv:2510.00231): EB = keep of the second - keep of the first at each
     compression ratio, and the area under it. Default: the run's first two spans. Frame: label, first, second, area,
-    low_ratio, high_ratio (between which it was measured; the area is divided by their distance) and EB at each budget."""
+    low_ratio, high_ratio (between which it was measured; the area is divided by their distance) and EB at each
+    budget."""
     frame = spans(results)
     names = list(dict.fromkeys(frame["span"]))
     if len(names) < 2:

@@ -239,8 +239,9 @@ def test_command(run, capsys, tmp_path):
 
 @pytest.mark.parametrize("wrong, why", [
     ("--gpu=V100", "GPU V100 is none of"), ("--batch=0", "batch 0"), ("--batch=x", "--batch x is not a whole number"),
-    ("--launch-us=-1", "--launch-us -1 is not a number"), ("--batches=1,x", "--batches x"), ("--batches=0", "--batches 0"),
-    ("--contexts=0", "--contexts 0"), ("--least-fidelity=2", "not between 0 and 1"), ("--budget=7", "budget 7 is not in"),
+    ("--launch-us=-1", "--launch-us -1 is not a number"), ("--batches=1,x", "--batches x"),
+    ("--batches=0", "--batches 0"), ("--contexts=0", "--contexts 0"), ("--least-fidelity=2", "not between 0 and 1"),
+    ("--budget=7", "budget 7 is not in"),
     ("--out=f.jpg", "--out: the ending jpg"), ("--style=wide", "--style wide"), ("--trace=v", "trace v is not in")])
 def test_wrong_arguments(run, capsys, wrong, why):
     assert program.main(["tradeoffs", str(run.folder), wrong]) == 2

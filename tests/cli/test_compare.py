@@ -91,8 +91,8 @@ def test_commands(out, tmp_path):
 
 
 def test_tradeoffs(out, tmp_path):
-    done = kvreplay("tradeoffs", out, "--gpu", "h100", "--batches", "1,4", "--contexts", "8k", "--out", tmp_path / "t.pdf",
-                    "--json", env=PYTHON)
+    done = kvreplay("tradeoffs", out, "--gpu", "h100", "--batches", "1,4", "--contexts", "8k", "--out",
+                    tmp_path / "t.pdf", "--json", env=PYTHON)
     assert done.returncode == 0 and (tmp_path / "t.pdf").stat().st_size > 1000, done.stderr
     told = json.loads(done.stdout)
     full = next(c for c in told["configurations"] if c["label"] == "full")

@@ -6,5 +6,5 @@ what they need inside `run`, so that a missing package is a sentence of the comm
 
 from . import compare, explain, figure, league, report, tradeoffs, tune
 
-ALL = {"report": report, "figure": figure, "compare": compare, "league": league, "tradeoffs": tradeoffs, "explain": explain,
-       "tune": tune}
+ALL = {"report": report, "figure": figure, "compare": compare, "league": league, "tradeoffs": tradeoffs,
+       "explain": explain, "tune": tune}

@@ -142,7 +142,7 @@ def to_text(table, won, title, workload, least):
                 f"{r['max_batch']:.0f}", number(r["tokens_per_s"]), number(r["tokens_per_s_gb"]),
                 "*" if r["front"] else "", number(r["hypervolume"])])
         lines += aligned(cells)
-    lines += ["", f"Fastest with fidelity of at least {least}, by mean context and batch (tokens per second in brackets)"]
+    lines += ["", f"Fastest with fidelity of at least {least}, by mean context and batch (tokens per second)"]
     batches = list(dict.fromkeys(won["batch"]))
     cells = [["context", *(f"batch {b}" for b in batches)]]
     for (context, measured), rows in won.groupby(["context", "measured"], sort=False):
