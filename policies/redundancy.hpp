@@ -48,8 +48,8 @@ inline Eigen::VectorXd mean_likeness(const View& view, int lane, const Likeness&
       if (newest >= 0 || how.no_neighbour == NoNeighbour::first) {
         cosines(r, std::max<Eigen::Index>(newest, 0)) = 0;
       }
+      sum += cosines.row(r).cast<double>();
     }
-    sum += cosines.cast<double>().colwise().sum();
   }
   return sum.transpose() / static_cast<double>(n);
 }

@@ -32,18 +32,16 @@ class Gkv final : public Selector {
       "best score so far, decayed at each eviction, from the last queries, minus the redundancy of the key";
   static constexpr std::string_view kPaper = "arXiv:2512.00504";
   static constexpr std::string_view kDeviation =
-      "the authors' code and the values of its G-KV recipe (the paper's body was not at hand); keys of the window "
-      "count "
-      "in the redundancy but not in its maximum; recipes: presets snapkv-gkv and h2o-gkv; Zipage's values are "
-      "alpha=0.8, "
-      "lambda=0.2, temperature=0.4, pooling=max, without its likeness within blocks alone";
+      "the authors' code with its G-KV recipe (the paper's body was not at hand); the recipes of its baselines are "
+      "presets snapkv-gkv and h2o-gkv; Zipage is lambda=0.2,temperature=0.4,pooling=max but for its likeness within "
+      "blocks alone; with pool=decode the last queries see the decode tokens alone";
   static constexpr std::array kParams{
       number<&Config::obs_window>("obs_window", 1, kUnbounded, "last queries, which vote and whose tokens stay",
                                   Scale::log),
       choice<&Config::smooth>("smooth", kSmooths,
                               "with the score F of the last eviction and the new S: max(alpha F, S), alpha F + "
                               "(1 - alpha) S, alpha F + S, or S alone"),
-      number<&Config::alpha>("alpha", 0, 1, "decay of old scores per eviction, not per step", Scale::one_minus),
+      number<&Config::alpha>("alpha", 0, 1, "decay of old scores per eviction, not per step"),
       number<&Config::lambda>("lambda", 0, 1,
                               "weight of the score, the rest goes to the redundancy; 1: no redundancy is computed"),
       flag<&Config::normalise>("normalise", "scores and redundancies are divided by their maximum"),

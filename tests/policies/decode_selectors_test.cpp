@@ -396,6 +396,31 @@ TEST_CASE("selectors of the decode keep their windows, hold their budgets and as
   }
 }
 
+TEST_CASE("a constant factor on the attention changes no decision of its ranks") {
+  for (const std::string text : {"h2o:mass=current,pool=decode", "h2o:pool=decode", "scope:window=2",
+                                 "scope:window=2,mass=cumulative", "raas:page=2", "momentum", "tova:pool=decode"}) {
+    INFO(text);
+    std::vector<Positions> gone(2);
+    for (const int run : {0, 1}) {
+      FakeView view(40, 1, 4);
+      view.set_slots({});
+      view.budget = 6;
+      const auto selector = make(text, view);
+      for (int t = 1; t <= 30; ++t) {
+        view.script.clear();
+        for (Pos p = 1; p <= t; ++p) {
+          view.script[p] = (run == 0 ? 1.0F : 0.25F) * static_cast<float>((p * 37 + t * p * 11) % 64) / 4096;
+        }
+        for (const Pos p : step(*selector, view)) {
+          gone[static_cast<std::size_t>(run)].push_back(p);
+        }
+      }
+    }
+    CHECK(gone[0].size() >= 24);
+    CHECK(gone[0] == gone[1]);
+  }
+}
+
 TEST_CASE("names of other codes' variants come to what their presets say") {
   for (const std::string name : {"h2o-kvpress", "h2o-scope", "h2o-longflow", "h2o-gkv", "streaming-scope",
                                  "streaming-longflow", "streaming-gkv", "snapkv-kvpress", "snapkv-rkv", "snapkv-gkv"}) {
