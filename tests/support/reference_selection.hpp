@@ -5,6 +5,7 @@
 // near a tie. Forced: it follows recorded evictions and says how far each victim's score lay above
 // the smallest.
 #pragma once
+#include <algorithm>
 #include <memory>
 #include <vector>
 
