@@ -35,7 +35,8 @@ class Scope_ final : public Selector {
       choice<&Config::mode>("mode", kModes,
                             "slide: the budget from the first step; adaptive: it grows with the steps; discontinuous: "
                             "as adaptive, but delta steps pass between evictions"),
-      number<&Config::window>("window", 0, kUnbounded, "latest tokens, never evicted (beta2)", Scale::log),
+      number<&Config::window>("window", 0, kUnbounded,
+                              "latest tokens, never evicted (beta2); a budget up to it keeps nothing else", Scale::log),
       choice<&Config::mass>("mass", kMasses, "attention of the current query, or summed since birth"),
       choice<&Config::growth>(
           "growth", kGrowths,
