@@ -13,7 +13,7 @@ constexpr std::string_view kGrowths[] = {"code", "paper"};
 enum class Mass { current, cumulative };
 constexpr std::string_view kMasses[] = {"current", "cumulative"};
 
-class Scope_ final : public Selector {
+class ScopePool final : public Selector {
  public:
   struct Config {
     Mode mode = Mode::slide;
@@ -49,7 +49,7 @@ class Scope_ final : public Selector {
   static Traits traits(const Config&) { return {.scope = Scope::query_head, .pool = Pool::decode}; }
   static Needs needs(const Config&) { return {.prompt_queries = 1}; }
 
-  Scope_(const Config& config, const SetShape& shape)
+  ScopePool(const Config& config, const SetShape& shape)
       : config_(config),
         window_(config.window.of(shape.budget)),
         steps_(config.steps > 0 ? config.steps : shape.n_tokens - shape.prompt_len),
@@ -125,6 +125,6 @@ class Scope_ final : public Selector {
 }  // namespace
 
 extern const PartInfo scope;
-constinit const PartInfo scope = describe<Scope_>();
+constinit const PartInfo scope = describe<ScopePool>();
 
 }  // namespace kvreplay
