@@ -1,5 +1,5 @@
 // RaaS: pages of decode tokens carry the time when they were last attended well; the page with the oldest leaves.
-#include <numeric>
+#include <algorithm>
 
 #include "policies/part.hpp"
 
@@ -60,7 +60,7 @@ class Raas final : public Selector {
       const auto n =
           static_cast<std::ptrdiff_t>(std::ceil(config_.fraction * static_cast<double>(pages_.size()) - 1e-9));
       end = pages_.begin() + n;
-      std::partial_sort(pages_.begin(), end, pages_.end(), [](const Page& a, const Page& b) {
+      std::nth_element(pages_.begin(), end, pages_.end(), [](const Page& a, const Page& b) {
         return a.attention != b.attention ? a.attention > b.attention : a.id > b.id;
       });
     } else {

@@ -13,7 +13,7 @@ constexpr std::string_view kGrowths[] = {"code", "paper"};
 enum class Mass { current, cumulative };
 constexpr std::string_view kMasses[] = {"current", "cumulative"};
 
-class Scope_ final : public Selector {
+class ScopePool final : public Selector {
  public:
   struct Config {
     Mode mode = Mode::slide;
@@ -35,7 +35,8 @@ class Scope_ final : public Selector {
       choice<&Config::mode>("mode", kModes,
                             "slide: the budget from the first step; adaptive: it grows with the steps; discontinuous: "
                             "as adaptive, but delta steps pass between evictions"),
-      number<&Config::window>("window", 0, kUnbounded, "latest tokens, never evicted (beta2)", Scale::log),
+      number<&Config::window>("window", 0, kUnbounded,
+                              "latest tokens, never evicted (beta2); a budget up to it keeps nothing else", Scale::log),
       choice<&Config::mass>("mass", kMasses, "attention of the current query, or summed since birth"),
       choice<&Config::growth>(
           "growth", kGrowths,
@@ -48,7 +49,7 @@ class Scope_ final : public Selector {
   static Traits traits(const Config&) { return {.scope = Scope::query_head, .pool = Pool::decode}; }
   static Needs needs(const Config&) { return {.prompt_queries = 1}; }
 
-  Scope_(const Config& config, const SetShape& shape)
+  ScopePool(const Config& config, const SetShape& shape)
       : config_(config),
         window_(config.window.of(shape.budget)),
         steps_(config.steps > 0 ? config.steps : shape.n_tokens - shape.prompt_len),
@@ -124,6 +125,6 @@ class Scope_ final : public Selector {
 }  // namespace
 
 extern const PartInfo scope;
-constinit const PartInfo scope = describe<Scope_>();
+constinit const PartInfo scope = describe<ScopePool>();
 
 }  // namespace kvreplay
