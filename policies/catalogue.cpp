@@ -8,7 +8,8 @@
 namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
-    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, merging, cam, d2o, keepkv, lookm,
+    weightedkv, none, mean, moments, gaussian;
 
 namespace {
 
@@ -36,6 +37,12 @@ constexpr const PartInfo* kParts[] = {
     &pyramid,
     // rewrite
     &kivi,
+    &keepkv,
+    &merging,
+    &cam,
+    &d2o,
+    &weightedkv,
+    &lookm,
     // compensate
     &none,
     &mean,

@@ -1,0 +1,623 @@
+#include "tests/support/reference_merging.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "policies/counter_rng.hpp"
+
+namespace kvreplay::testing {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+double cosine(const Eigen::VectorXd& a, const Eigen::VectorXd& b) { return a.dot(b) / (a.norm() * b.norm()); }
+
+double log_sum_exp(const std::vector<double>& x) {
+  const double top = *std::max_element(x.begin(), x.end());
+  double sum = 0;
+  for (const double value : x) {
+    sum += std::exp(value - top);
+  }
+  return top + std::log(sum);
+}
+
+bool is_gone(const std::vector<Pos>& gone, Pos pos) { return std::find(gone.begin(), gone.end(), pos) != gone.end(); }
+
+// The survivor of most similar key, the oldest of equals.
+struct Match {
+  Pos pos = -1;
+  double cosine = -2;
+};
+Match match(const MergeLane& lane, const std::vector<Pos>& gone, Pos pos) {
+  Match best;
+  for (const auto& [other, slot] : lane.slots) {
+    if (!is_gone(gone, other)) {
+      const double u = cosine(lane.slots.at(pos).k, slot.k);
+      if (u > best.cosine + 1e-12) {
+        best = {other, u};
+      }
+    }
+  }
+  return best;
+}
+
+// Attention received from the whole prompt and every step since; or from some of it.
+class Sums {
+ public:
+  explicit Sums(bool of_prompt = true) : of_prompt_(of_prompt) {}
+  void observe(const MergeState& s) {
+    for (std::size_t l = 0; l < s.lanes.size(); ++l) {
+      std::map<Pos, double>& sum = sums_[l];
+      const MergeLane& lane = s.lanes[l];
+      if (!s.at_prefill()) {
+        for (const auto& [pos, a] : s.mean_attention(lane)) {
+          sum[pos] += a;
+        }
+      } else if (of_prompt_ && !lane.slots.empty()) {
+        for (const int h : lane.q_heads) {
+          for (Pos t = 0; t <= s.now; ++t) {
+            const Softmax past =
+                softmax_over(logits_at(*s.layer, h, t), s.layer->v[static_cast<std::size_t>(lane.kv_head)],
+                             std::vector<bool>(static_cast<std::size_t>(t) + 1, true));
+            for (Pos i = 0; i <= t; ++i) {
+              sum[i] += past.weight[i] / static_cast<double>(lane.q_heads.size());
+            }
+          }
+        }
+      }
+    }
+  }
+  double& of(std::size_t lane, Pos pos) { return sums_[lane][pos]; }
+
+ private:
+  bool of_prompt_;
+  std::map<std::size_t, std::map<Pos, double>> sums_;
+};
+
+class Keep : public ReferenceMerger {
+ public:
+  explicit Keep(const KeepKv& settings) : set_(settings) {}
+
+  void observe(const MergeState& s) override {
+    for (std::size_t l = 0; l < s.lanes.size(); ++l) {
+      const MergeLane& lane = s.lanes[l];
+      if (lane.slots.empty()) {
+        continue;
+      }
+      const Pos first = s.at_prefill() ? std::max<Pos>(0, s.now - (set_.alpha > 0 ? set_.window : 0)) : s.now;
+      for (Pos t = first; t <= s.now; ++t) {
+        std::map<Pos, std::vector<double>> scores;  // ln of the score, per head
+        for (const int h : lane.q_heads) {
+          std::vector<double> all;
+          for (const auto& [pos, slot] : lane.slots) {
+            if (pos <= t) {
+              all.push_back(s.logit(h, t, slot.k) + slot.bias);
+            }
+          }
+          for (const Pos pos : lane.pinned) {
+            const MatD& k = s.layer->k[static_cast<std::size_t>(lane.kv_head)];
+            all.push_back(s.logit(h, t, k.row(pos)));
+          }
+          for (const auto& [pos, slot] : lane.slots) {
+            if (pos <= t) {
+              scores[pos].push_back(s.logit(h, t, slot.k) - (set_.attention_domain ? log_sum_exp(all) : 0));
+            }
+          }
+        }
+        for (const auto& [pos, by_head] : scores) {
+          const double mean = log_sum_exp(by_head) - std::log(static_cast<double>(by_head.size()));
+          Average& a = averages_[l][pos];
+          const double old = set_.alpha > 0 && a.weight > 0 ? std::log(set_.alpha) + a.log_sum : -kInfinity;
+          a.log_sum = log_sum_exp({old, std::log(1 - set_.alpha) + mean});
+          a.weight = set_.alpha * a.weight + 1 - set_.alpha;
+        }
+      }
+    }
+  }
+
+  void merge(MergeState& s, const std::vector<Pos>& gone) override {
+    for (std::size_t l = 0; l < s.lanes.size(); ++l) {
+      MergeLane& lane = s.lanes[l];
+      std::map<Pos, std::vector<Pos>> groups;
+      for (const Pos pos : gone) {
+        const Match m = match(lane, gone, pos);
+        if (m.pos >= 0 && m.cosine >= set_.threshold) {
+          groups[m.pos].push_back(pos);
+        }
+      }
+      for (auto& [target, sources] : groups) {
+        sources.push_back(target);
+        one(s, l, target, sources);
+      }
+    }
+  }
+
+ private:
+  struct Average {
+    double log_sum = 0, weight = 0;
+  };
+
+  double norm(const MergeState& s, const Average& a) const {
+    return std::log(set_.as_written ? 1 - std::pow(set_.alpha, s.now + 1) : a.weight);
+  }
+
+  void one(const MergeState& s, std::size_t l, Pos target, const std::vector<Pos>& members) {
+    MergeLane& lane = const_cast<MergeLane&>(s.lanes[l]);
+    std::map<Pos, double> log_s, log_w;
+    std::vector<double> masses, votes;
+    for (const Pos pos : members) {
+      const Average& a = averages_[l].at(pos);
+      log_s[pos] = a.log_sum - norm(s, a);
+      log_w[pos] = log_s[pos] + lane.slots.at(pos).bias;
+      masses.push_back(log_w[pos]);
+      votes.push_back(lane.slots.at(pos).bias);
+    }
+    const double mass = log_sum_exp(masses), p = log_sum_exp(votes), tau = mass - p;
+    MergedSlot merged;
+    merged.k = Eigen::VectorXd::Zero(lane.slots.at(target).k.size());
+    merged.v = Eigen::VectorXd::Zero(lane.slots.at(target).v.size());
+    double mean = 0;
+    for (const Pos pos : members) {
+      const double pi = std::exp(log_w[pos] - mass);
+      merged.k += pi * lane.slots.at(pos).k;
+      merged.v += pi * lane.slots.at(pos).v;
+      mean += pi * log_s[pos];
+    }
+    merged.bias = p;
+    KeepVariant variant = set_.variant;
+    if (variant == KeepVariant::zip && (std::abs(mean) < 1e-6 || std::abs(tau / mean) > set_.lambda_max)) {
+      variant = KeepVariant::soft;
+    }
+    if (variant == KeepVariant::zip) {
+      merged.k *= tau / mean;
+    } else if (variant == KeepVariant::soft) {
+      merged.k = lane.slots.at(target).k;
+      merged.bias = mass - log_s[target];
+    } else if (variant == KeepVariant::additive) {
+      const auto n = static_cast<Eigen::Index>(lane.q_heads.size());
+      MatD q(n, merged.k.size());
+      Eigen::VectorXd lack(n);
+      for (Eigen::Index g = 0; g < n; ++g) {
+        const int h = lane.q_heads[static_cast<std::size_t>(g)];
+        q.row(g) = s.layer->scale * s.layer->q[static_cast<std::size_t>(h)].row(s.now);
+        std::vector<double> seen;
+        for (const Pos pos : members) {
+          seen.push_back(s.logit(h, s.now, lane.slots.at(pos).k) + lane.slots.at(pos).bias);
+        }
+        lack[g] = log_sum_exp(seen) - p - s.logit(h, s.now, merged.k);
+      }
+      const MatD ridge = 1e-6 * q.squaredNorm() / static_cast<double>(n) * MatD::Identity(n, n);
+      merged.k += q.transpose() * (q * q.transpose() + ridge).inverse() * lack;
+    }
+    if (variant != KeepVariant::soft) {
+      Average& a = averages_[l].at(target);
+      a.log_sum = tau + norm(s, a);
+    }
+    lane.slots.at(target) = merged;
+  }
+
+  KeepKv set_;
+  std::map<std::size_t, std::map<Pos, Average>> averages_;
+};
+
+class KvPress : public ReferenceMerger {
+ public:
+  KvPress(double threshold, double fraction, bool always)
+      : threshold_(threshold), fraction_(fraction), always_(always) {}
+  void merge(MergeState& s, const std::vector<Pos>& gone) override {
+    if (!s.at_prefill() && !always_) {
+      return;
+    }
+    for (MergeLane& lane : s.lanes) {
+      std::vector<double> u;
+      for (const Pos pos : gone) {
+        u.push_back(match(lane, gone, pos).cosine);
+      }
+      std::sort(u.begin(), u.end());
+      double least = threshold_;
+      if (fraction_ < 1) {
+        const double rank = (1 - fraction_) * (static_cast<double>(u.size()) - 1);
+        const auto low = static_cast<std::size_t>(std::floor(rank)), high = static_cast<std::size_t>(std::ceil(rank));
+        if (u[low] >= threshold_) {
+          least = u[low] + (rank - std::floor(rank)) * (u[high] - u[low]);
+        }
+      }
+      const std::map<Pos, MergedSlot> old = lane.slots;
+      for (auto& [target, slot] : lane.slots) {
+        Eigen::VectorXd sum = old.at(target).v;
+        double weight = 1;
+        for (const Pos pos : gone) {
+          const Match m = match(lane, gone, pos);
+          if (m.pos == target && m.cosine >= least) {
+            const double a = old.at(pos).v.norm(), b = old.at(target).v.norm();
+            const double omega = std::max(m.cosine, 0.0) * a / (a + b + 1e-6);
+            sum += omega * old.at(pos).v;
+            weight += omega;
+          }
+        }
+        slot.v = sum / weight;
+      }
+    }
+  }
+
+ private:
+  double threshold_, fraction_;
+  bool always_;
+};
+
+class Look : public ReferenceMerger {
+ public:
+  Look(LookMWeights weights, bool always) : weights_(weights), always_(always) {}
+  void merge(MergeState& s, const std::vector<Pos>& gone) override {
+    if (!s.at_prefill() && !always_) {
+      return;
+    }
+    for (MergeLane& lane : s.lanes) {
+      const std::map<Pos, MergedSlot> old = lane.slots;
+      std::map<Pos, double> total;
+      std::map<Pos, Match> matches;
+      for (const Pos pos : gone) {
+        matches[pos] = match(lane, gone, pos);
+      }
+      for (const auto& [pos, m] : matches) {
+        if (m.pos < 0) {
+          continue;
+        }
+        MergedSlot& to = lane.slots.at(m.pos);
+        const MergedSlot &kept = old.at(m.pos), &lost = old.at(pos);
+        double weight = 1;
+        Eigen::VectorXd k = lost.k, v = lost.v;
+        if (weights_ == LookMWeights::pivot) {
+          k = (lost.k + kept.k) / 2;
+          v = (lost.v + kept.v) / 2;
+        } else if (weights_ == LookMWeights::weighted) {
+          weight = std::max(1e-6, (m.cosine + 1) / 2);
+        }
+        to.k += weight * k;
+        to.v += weight * v;
+        total[m.pos] += weight;
+      }
+      for (const auto& [pos, weight] : total) {
+        lane.slots.at(pos).k /= 1 + weight;
+        lane.slots.at(pos).v /= 1 + weight;
+      }
+    }
+  }
+
+ private:
+  LookMWeights weights_;
+  bool always_;
+};
+
+class D2o : public ReferenceMerger {
+ public:
+  D2o(bool paper, double alpha, double beta) : paper_(paper), alpha_(alpha), beta_(beta) {}
+  void merge(MergeState& s, const std::vector<Pos>& gone) override {
+    if (s.lanes[0].slots.size() == gone.size()) {
+      return;
+    }
+    std::map<Pos, double> u;
+    double mean = 0;
+    for (const Pos pos : gone) {
+      for (const MergeLane& lane : s.lanes) {
+        u[pos] += match(lane, gone, pos).cosine / static_cast<double>(s.lanes.size());
+      }
+      mean += u[pos] / static_cast<double>(gone.size());
+    }
+    gate_ = gate_ < -100 ? mean : alpha_ * gate_ + beta_ * mean;
+    for (MergeLane& lane : s.lanes) {
+      const std::map<Pos, MergedSlot> old = lane.slots;
+      for (auto& [target, slot] : lane.slots) {
+        const double self = paper_ ? std::exp(1.0) : 1;
+        double total = self;
+        slot.k *= self;
+        slot.v *= self;
+        for (const Pos pos : gone) {
+          const Match m = match({lane.kv_head, {}, old, {}}, gone, pos);
+          if (m.pos == target && u[pos] >= gate_ - 1e-6) {
+            const double weight = paper_ ? std::exp(m.cosine) : m.cosine;
+            slot.k += weight * old.at(pos).k;
+            slot.v += weight * old.at(pos).v;
+            total += paper_ ? weight : 1;
+          }
+        }
+        slot.k /= total;
+        slot.v /= total;
+      }
+    }
+  }
+
+ private:
+  bool paper_;
+  double alpha_, beta_, gate_ = -1000;
+};
+
+class CamMerger : public ReferenceMerger {
+ public:
+  explicit CamMerger(const Cam& settings) : set_(settings), sums_(settings.attention == CamAttention::cumulative) {}
+  void observe(const MergeState& s) override { sums_.observe(s); }
+  void merge(MergeState& s, const std::vector<Pos>& gone) override {
+    if (s.at_prefill() && !set_.prompt) {
+      return;
+    }
+    for (std::size_t l = 0; l < s.lanes.size(); ++l) {
+      MergeLane& lane = s.lanes[l];
+      std::map<Pos, double> now = s.mean_attention(lane);
+      const auto attention = [&](Pos pos) {
+        return set_.attention == CamAttention::current ? now[pos] : sums_.of(l, pos);
+      };
+      const std::map<Pos, MergedSlot> old = lane.slots;
+      for (const Pos pos : gone) {
+        std::vector<Pos> window;
+        for (const auto& [other, slot] : old) {
+          if (other > pos && !is_gone(gone, other) && static_cast<int>(window.size()) < set_.window) {
+            window.push_back(other);
+          }
+        }
+        double sum = 0, most = 0;
+        for (const Pos j : window) {
+          sum += attention(j);
+          most = std::max(most, attention(j));
+        }
+        const double n = static_cast<double>(window.size());
+        const double p = attention(pos) / (set_.max ? most : sum / n);
+        double share = std::min(p, 1.0);
+        if (set_.mode == CamMode::deterministic) {
+          share = p > 1 ? 1 : 0;
+        } else if (set_.mode == CamMode::bernoulli) {
+          share = uniform_at(std::uint64_t{0}, 0, s.set, static_cast<int>(l), s.now, pos) < p ? 1 : 0;
+        }
+        for (const Pos j : window) {
+          lane.slots.at(j).v += share / n * old.at(pos).v;
+        }
+      }
+    }
+  }
+
+ private:
+  Cam set_;
+  Sums sums_;
+};
+
+class Weighted : public ReferenceMerger {
+ public:
+  Weighted(bool sum, bool votes) : sum_(sum), votes_(votes) {}
+  void observe(const MergeState& s) override { sums_.observe(s); }
+  void merge(MergeState& s, const std::vector<Pos>& gone) override {
+    for (std::size_t l = 0; l < s.lanes.size(); ++l) {
+      MergeLane& lane = s.lanes[l];
+      for (const Pos pos : gone) {
+        Pos target = -1;
+        for (const auto& [other, slot] : lane.slots) {
+          if (!is_gone(gone, other) && (target < pos)) {
+            target = other;
+          }
+        }
+        if (target < 0) {
+          continue;
+        }
+        const double n_own = s.now - pos + 1, n_other = s.now - target + 1;
+        const double own = sums_.of(l, pos) / n_own, other = sums_.of(l, target) / n_other;
+        MergedSlot& to = lane.slots.at(target);
+        to.v = (own * lane.slots.at(pos).v + other * to.v) / (own + other);
+        if (votes_) {
+          to.bias += std::log(1 + own / other);
+        }
+        if (sum_) {
+          sums_.of(l, target) = (own + other) * n_other;
+        }
+      }
+    }
+  }
+
+ private:
+  bool sum_, votes_;
+  Sums sums_;
+};
+
+class MergeReplay {
+ public:
+  MergeReplay(const ToyLayer& layer, const MergingRequest& request, int set, const Evicted& recorded,
+              MergingResult& result)
+      : layer_(layer),
+        request_(request),
+        recorded_(recorded),
+        result_(result),
+        merger_(request.merger()),
+        before_(request.traits.evict == Order::before_attention) {
+    state_.layer = &layer;
+    state_.set = set;
+    for (int h = 0; h < layer.n_heads(); ++h) {
+      if (set_of(layer, request.traits.scope, h) == set) {
+        if (state_.lanes.empty() || state_.lanes.back().kv_head != layer.kv_head(h)) {
+          state_.lanes.push_back({layer.kv_head(h), {}, {}, {}});
+        }
+        state_.lanes.back().q_heads.push_back(h);
+      }
+    }
+  }
+
+  void run() {
+    const Pos prompt = layer_.options.prompt_len;
+    const bool pinned = request_.traits.pool == Pool::decode;
+    state_.now = prompt - 1;
+    for (Pos pos = 0; pos < prompt; ++pos) {
+      for (MergeLane& lane : state_.lanes) {
+        if (pinned) {
+          lane.pinned.push_back(pos);
+        } else {
+          add(lane, pos);
+        }
+      }
+    }
+    observe();
+    evict(pinned ? -1 : 0);
+    for (int step = 0; step < layer_.n_steps(); ++step) {
+      state_.now = prompt + step;
+      for (MergeLane& lane : state_.lanes) {
+        add(lane, state_.now);
+      }
+      observe();
+      if (before_) {
+        evict(step);
+      }
+      for (const MergeLane& lane : state_.lanes) {
+        for (const int h : lane.q_heads) {
+          result_.output[static_cast<std::size_t>(h)].row(step) = state_.output(lane, h);
+        }
+        for (const auto& [pos, slot] : lane.slots) {
+          result_.biased(lane.kv_head, step) += slot.bias != 0 ? 1 : 0;
+        }
+      }
+      if (!before_ && step + 1 < layer_.n_steps()) {
+        evict(step + 1);
+      }
+    }
+  }
+
+ private:
+  void add(MergeLane& lane, Pos pos) const {
+    const auto kv = static_cast<std::size_t>(lane.kv_head);
+    lane.slots[pos] = {layer_.k[kv].row(pos), layer_.v[kv].row(pos), 0};
+  }
+
+  void observe() {
+    merger_->observe(state_);
+    sums_.observe(state_);
+  }
+
+  void evict(int effect) {
+    std::vector<Pos> gone, slots;
+    for (const auto& [pos, slot] : state_.lanes[0].slots) {
+      slots.push_back(pos);
+      if (recorded_(state_.set, pos) == effect) {
+        gone.push_back(pos);
+      }
+    }
+    if (gone.empty()) {
+      return;
+    }
+    if (request_.selection != MergedSelection::elsewhere) {
+      check(slots, gone);
+    }
+    merger_->merge(state_, gone);
+    for (MergeLane& lane : state_.lanes) {
+      for (const Pos pos : gone) {
+        lane.slots.erase(pos);
+      }
+    }
+  }
+
+  void check(const std::vector<Pos>& slots, const std::vector<Pos>& gone) {
+    std::map<Pos, double> score;
+    for (std::size_t l = 0; l < state_.lanes.size(); ++l) {
+      std::map<Pos, double> now = state_.mean_attention(state_.lanes[l]);
+      for (const Pos pos : slots) {
+        score[pos] += request_.selection == MergedSelection::h2o ? sums_.of(l, pos) : now[pos];
+      }
+    }
+    if (request_.selection == MergedSelection::h2o) {
+      for (const Pos pos : slots) {
+        if (pos > state_.now - std::min(request_.budget / 2, request_.budget)) {
+          score[pos] = kInfinity;
+        }
+      }
+    }
+    std::vector<double> sorted;
+    for (const auto& [pos, x] : score) {
+      sorted.push_back(x);
+    }
+    std::sort(sorted.begin(), sorted.end());
+    if (slots.size() != static_cast<std::size_t>(request_.budget) + gone.size()) {
+      result_.excess = kInfinity;
+      return;
+    }
+    const double limit = sorted[gone.size() - 1];
+    for (const Pos pos : gone) {
+      result_.excess = std::max(result_.excess, (score[pos] - limit) / std::max(limit, 1e-30));
+    }
+  }
+
+  const ToyLayer& layer_;
+  const MergingRequest& request_;
+  const Evicted& recorded_;
+  MergingResult& result_;
+  std::unique_ptr<ReferenceMerger> merger_;
+  bool before_;
+  MergeState state_;
+  Sums sums_;
+};
+
+template <class T, class... Args>
+MakeMerger make(Args... args) {
+  return [=] { return std::make_unique<T>(args...); };
+}
+
+}  // namespace
+
+double MergeState::logit(int q_head, Pos query, const Eigen::VectorXd& k) const {
+  return layer->scale * layer->q[static_cast<std::size_t>(q_head)].row(query).dot(k);
+}
+
+std::map<Pos, double> MergeState::attention(const MergeLane& lane, int q_head) const {
+  const MatD& k = layer->k[static_cast<std::size_t>(lane.kv_head)];
+  std::map<Pos, double> a;
+  for (const Pos pos : lane.pinned) {
+    a[pos] = logit(q_head, now, k.row(pos));
+  }
+  for (const auto& [pos, slot] : lane.slots) {
+    a[pos] = logit(q_head, now, slot.k) + slot.bias;
+  }
+  std::vector<double> all;
+  for (const auto& [pos, x] : a) {
+    all.push_back(x);
+  }
+  const double log_z = all.empty() ? 0 : log_sum_exp(all);
+  for (auto& [pos, x] : a) {
+    x = std::exp(x - log_z);
+  }
+  return a;
+}
+
+std::map<Pos, double> MergeState::mean_attention(const MergeLane& lane) const {
+  std::map<Pos, double> mean;
+  for (const int h : lane.q_heads) {
+    for (const auto& [pos, a] : attention(lane, h)) {
+      mean[pos] += a / static_cast<double>(lane.q_heads.size());
+    }
+  }
+  return mean;
+}
+
+Eigen::VectorXd MergeState::output(const MergeLane& lane, int q_head) const {
+  const MatD& v = layer->v[static_cast<std::size_t>(lane.kv_head)];
+  Eigen::VectorXd out = Eigen::VectorXd::Zero(v.cols());
+  for (const auto& [pos, a] : attention(lane, q_head)) {
+    const auto it = lane.slots.find(pos);
+    out += a * (it != lane.slots.end() ? it->second.v : Eigen::VectorXd(v.row(pos)));
+  }
+  return out;
+}
+
+MakeMerger reference_keepkv(const KeepKv& settings) { return make<Keep>(settings); }
+MakeMerger reference_kvpress_merging(double threshold, double fraction, bool always) {
+  return make<KvPress>(threshold, fraction, always);
+}
+MakeMerger reference_lookm(LookMWeights weights, bool always) { return make<Look>(weights, always); }
+MakeMerger reference_d2o(bool paper, double alpha, double beta) { return make<D2o>(paper, alpha, beta); }
+MakeMerger reference_cam(const Cam& settings) { return make<CamMerger>(settings); }
+MakeMerger reference_weightedkv(bool sum, bool votes) { return make<Weighted>(sum, votes); }
+
+MergingResult reference_merging(const ToyLayer& layer, const MergingRequest& request, const Evicted& recorded) {
+  MergingResult result;
+  result.output.assign(static_cast<std::size_t>(layer.n_heads()),
+                       MatD::Zero(layer.n_steps(), layer.options.v_head_dim));
+  result.biased = MatD::Zero(layer.options.n_kv_heads, layer.n_steps());
+  for (int set = 0; set < n_sets(layer, request.traits.scope); ++set) {
+    MergeReplay(layer, request, set, recorded, result).run();
+  }
+  return result;
+}
+
+}  // namespace kvreplay::testing
