@@ -132,7 +132,7 @@ class KeepKv final : public Rewriter {
       const int slot = members[static_cast<std::size_t>(i)];
       logit[i] = remembers_ ? state.log_score[at(cache, slot)] - log_norm(state, cache, slot)
                             : current_score(cache, lane, slot);
-      bias[i] = state.bias[at(cache, slot)];
+      bias[i] = static_cast<double>(cache.bias(lane, slot));
       k.row(i) = cache.key(lane, slot).cast<double>();
       v.row(i) = cache.value(lane, slot).cast<double>();
     }
