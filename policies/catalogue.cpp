@@ -8,8 +8,8 @@
 namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
-    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, merging, cam, d2o, keepkv, lookm,
-    weightedkv, none, mean, moments, gaussian;
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, merging, cam, d2o, keepkv, lookm, selkv,
+    selkv_score, kvmerger, kvmerger_sets, weightedkv, none, mean, moments, gaussian;
 
 namespace {
 
@@ -28,6 +28,8 @@ constexpr const PartInfo* kParts[] = {
     &given,
     &oracle_mass,
     &oracle_greedy,
+    &selkv_score,
+    &kvmerger_sets,
     // read
     &quest,
     &topk,
@@ -43,6 +45,8 @@ constexpr const PartInfo* kParts[] = {
     &d2o,
     &weightedkv,
     &lookm,
+    &selkv,
+    &kvmerger,
     // compensate
     &none,
     &mean,
@@ -64,6 +68,20 @@ constexpr Preset kPresets[] = {
      "arXiv:2404.14469",
      "one set per KV head by the group's mean; means over the window where some codes sum, which "
      "ranks alike"},
+    {"keepkv-paper", "h2o:sink=4+keepkv", "KeepKV on heavy hitters with sinks, its paper's operator",
+     "arXiv:2504.09936",
+     "the paper selects as PyramidInfer does and says that any selection will do; the rest as the parts say"},
+    {"cam-paper", "streaming+cam", "CaM where it was shown: on sinks and a window, token by token",
+     "ICML 2024, openreview.net/forum?id=LCTmppB165", "as the parts say"},
+    {"d2o-paper", "h2o:sink=4+d2o", "D2O's token level: heavy hitters with sinks, merging behind a gate",
+     "arXiv:2406.13035", "the prompt is cut at its end, not at the first decode step; the rest as the parts say"},
+    {"weightedkv-paper", "h2o:mass=mean,window=0+weightedkv",
+     "WeightedKV: the token of least mean attention leaves, its value goes to the next", "arXiv:2503.01330",
+     "what the paper protects no source read here says: nothing; the rest as the parts say"},
+    {"selkv-paper", "selkv_score+selkv", "SelKV: shared selection, gated merge in buckets, part of the mass given back",
+     "arXiv:2607.16213", "as the parts say"},
+    {"kvmerger-paper", "kvmerger_sets+kvmerger", "KVMerger: runs of similar neighbours become one token",
+     "arXiv:2407.08454", "as the parts say"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
 };

@@ -14,7 +14,8 @@ struct Case {
   std::string text;
   MakeMerger merger;
   MergedSelection selection;
-  bool moves = true;  // at a small budget it changes what comes out
+  bool moves = true;              // at a small budget it changes what comes out
+  MakeSelector select = nullptr;  // checked on the cache without merges: the prompt's cut alone
 };
 
 ToyOptions toy(int group_size, Pos prompt_len, Element element) {
@@ -58,6 +59,17 @@ void check(const ToyOptions& options, const std::vector<Case>& cases, const std:
       request.selection = c.selection;
       const MergingResult own = reference_merging(toy, request, recorded);
       CHECK(own.excess <= kScoreTolerance);
+      if (c.select) {
+        SelectionRequest selection;
+        selection.traits = method.traits;
+        selection.select = c.select;
+        selection.budget = budget;
+        CHECK(check_selection(toy, selection, recorded).excess <= kScoreTolerance);
+        const SelectionResult free = reference_selection(toy, selection);
+        if (free.margin > 1e-4) {
+          CHECK(free.evicted_at == recorded);
+        }
+      }
       MetricsRequest metrics;
       metrics.attends = attends_from(toy, method.traits.scope, recorded);
       metrics.rewritten = [&](int q_head, int step) -> Eigen::VectorXd {
@@ -73,7 +85,7 @@ void check(const ToyOptions& options, const std::vector<Case>& cases, const std:
       if (budget >= options.n_tokens) {
         CHECK(found.at("error").isZero(0));
         CHECK(found.at("error_output").isZero(1e-6));
-      } else if (budget == 9 && c.moves && options.prompt_len >= 12) {
+      } else if (budget == 9 && c.moves && options.prompt_len >= 40) {
         CHECK((truth.at("error_output") - truth.at("error")).cwiseAbs().maxCoeff() > 1e-3);
       }
     }
@@ -132,6 +144,42 @@ std::vector<Case> cases() {
 }
 
 }  // namespace
+
+// Methods whose selection and merge go together.
+std::vector<Case> pairs(int budget) {
+  const auto elsewhere = MergedSelection::elsewhere;
+  KvMerger thirds{2, 3};
+  KvMerger two_pass = thirds, mean = {};
+  two_pass.sigma = KvMerger::Sigma::two_pass;
+  two_pass.size_scale = true;
+  mean.sigma = KvMerger::Sigma::mean_dist;
+  mean.delta = 0.4;
+  mean.always = true;
+  const KvMerger tenths{budget / 10, budget / 10};
+  return {
+      {"selkv-paper", reference_selkv(), elsewhere, false, reference_selkv_score()},
+      {"selkv_score:obs_window=6,kernel=3,window=2+selkv:obs_window=6,bucket=8,gate=0,alpha=1",
+       reference_selkv(6, 8, false, 1), elsewhere, true, reference_selkv_score(6, 3, 2)},
+      {"h2o:scope=query_head+selkv:obs_window=5,bucket=64", reference_selkv(5, 64), MergedSelection::h2o, true},
+      {"kvmerger-paper", reference_kvmerger(tenths, budget), elsewhere, true,
+       reference_kvmerger_sets(budget / 10, budget / 10)},
+      {"kvmerger_sets:heavy=2,recent=3+kvmerger:heavy=2,recent=3", reference_kvmerger(thirds, budget), elsewhere, true,
+       reference_kvmerger_sets(2, 3)},
+      {"kvmerger_sets:heavy=2,recent=3,scope=kv_head+kvmerger:heavy=2,recent=3,sigma=two_pass,value_scale=size",
+       reference_kvmerger(two_pass, budget), elsewhere, true, reference_kvmerger_sets(2, 3)},
+      {"tova+kvmerger:heavy=0,recent=0,delta=0.4,sigma=mean_dist,at=always", reference_kvmerger(mean, budget),
+       MergedSelection::tova, true},
+  };
+}
+
+TEST_CASE("selections that belong to a merge choose and merge as the reference does", "[merging]") {
+  const int group_size = GENERATE(1, 3);
+  const Pos prompt_len = GENERATE(1, 12, 40);
+  const Element element = GENERATE(Element::f32, Element::bf16);
+  for (const int budget : {1, 9, 60}) {
+    check(toy(group_size, prompt_len, element), pairs(budget), {budget});
+  }
+}
 
 TEST_CASE("every merging method returns what the reference's merged cache returns", "[merging]") {
   const int group_size = GENERATE(1, 3);

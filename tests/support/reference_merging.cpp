@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "policies/counter_rng.hpp"
 
@@ -416,6 +417,319 @@ class Weighted : public ReferenceMerger {
   Sums sums_;
 };
 
+class Sel : public ReferenceMerger {
+ public:
+  Sel(int window, int bucket, bool gate, double alpha) : window_(window), bucket_(bucket), gate_(gate), alpha_(alpha) {}
+  void merge(MergeState& s, const std::vector<Pos>& gone) override {
+    if (!s.at_prefill()) {
+      return;
+    }
+    std::map<Pos, double> ratio;
+    for (MergeLane& lane : s.lanes) {
+      const std::map<Pos, MergedSlot> old = lane.slots;
+      std::map<Pos, double> mass;
+      for (const int h : lane.q_heads) {
+        for (Pos t = std::max<Pos>(0, s.now + 1 - window_); t <= s.now; ++t) {
+          const Softmax past =
+              softmax_over(logits_at(*s.layer, h, t), s.layer->v[static_cast<std::size_t>(lane.kv_head)],
+                           std::vector<bool>(static_cast<std::size_t>(t) + 1, true));
+          for (Pos i = 0; i <= t; ++i) {
+            mass[i] += past.weight[i];
+          }
+        }
+      }
+      std::map<Pos, double> total = mass;
+      std::map<Pos, Eigen::VectorXd> sum;
+      for (const auto& [pos, slot] : old) {
+        sum[pos] = mass[pos] * slot.v;
+      }
+      for (const Pos pos : gone) {
+        std::map<Pos, double> looked;  // at kept tokens of its bucket, by all heads
+        for (const int h : lane.q_heads) {
+          std::vector<double> all;
+          std::vector<Pos> where;
+          for (Pos i = pos - pos % bucket_; i < pos; ++i) {
+            if (!is_gone(gone, i)) {
+              where.push_back(i);
+              all.push_back(s.logit(h, pos, old.at(i).k));
+            }
+          }
+          for (std::size_t i = 0; i < where.size(); ++i) {
+            looked[where[i]] += std::exp(all[i] - log_sum_exp(all));
+          }
+        }
+        if (looked.empty()) {
+          continue;
+        }
+        Pos target = looked.begin()->first;
+        for (const auto& [i, a] : looked) {
+          target = a > looked[target] ? i : target;
+        }
+        const double g = gate_ ? std::max(cosine(old.at(pos).v, old.at(target).v), 0.0) : 1;
+        total[target] += g * mass[pos];
+        sum[target] += g * mass[pos] * old.at(pos).v;
+      }
+      for (auto& [pos, slot] : lane.slots) {
+        if (total[pos] > mass[pos]) {
+          slot.v = sum[pos] / total[pos];
+        }
+        ratio[pos] += total[pos] / mass[pos] / static_cast<double>(s.lanes.size());
+      }
+    }
+    for (MergeLane& lane : s.lanes) {
+      for (auto& [pos, slot] : lane.slots) {
+        slot.bias = ratio[pos] > 1 + 1e-12 ? alpha_ * std::log(ratio[pos]) : 0;
+      }
+    }
+  }
+
+ private:
+  int window_, bucket_;
+  bool gate_;
+  double alpha_;
+};
+
+class SelScore : public ReferenceSelector {
+ public:
+  SelScore(int window, int kernel, int recent) : window_(window), kernel_(kernel), recent_(recent) {}
+  std::vector<double> score(const SetState& s) override {
+    const int n = static_cast<int>(s.slots.size()), recent = std::min(recent_, s.budget);
+    std::vector<double> mean(s.slots.size(), 0.0);
+    std::vector<bool> wanted(s.slots.size(), false);
+    for (const int kv : s.kv_heads) {
+      std::vector<double> c(s.slots.size(), 0.0), pooled(s.slots.size(), 0.0);
+      double heads = 0;
+      for (const int h : s.q_heads) {
+        if (s.layer->kv_head(h) != kv) {
+          continue;
+        }
+        ++heads;
+        for (Pos t = std::max<Pos>(0, s.now + 1 - window_); t <= s.now; ++t) {
+          const Eigen::VectorXd a = s.head_attention(h, t);
+          for (std::size_t i = 0; i < c.size(); ++i) {
+            c[i] += a[s.slots[i]] * s.layer->v[static_cast<std::size_t>(kv)].row(s.slots[i]).norm();
+          }
+        }
+      }
+      for (int i = 0; i < n; ++i) {
+        for (int j = std::max(0, i - kernel_ / 2); j <= std::min(n - 1, i + kernel_ / 2); ++j) {
+          pooled[static_cast<std::size_t>(i)] += c[static_cast<std::size_t>(j)] / heads / kernel_;
+        }
+      }
+      for (int i = 0; i < n - recent; ++i) {  // among the highest budget - recent of the older tokens
+        int higher = 0;
+        for (int j = 0; j < n - recent; ++j) {
+          higher += pooled[static_cast<std::size_t>(j)] > pooled[static_cast<std::size_t>(i)] ? 1 : 0;
+        }
+        wanted[static_cast<std::size_t>(i)] = wanted[static_cast<std::size_t>(i)] || higher < s.budget - recent;
+      }
+      for (std::size_t i = 0; i < mean.size(); ++i) {
+        mean[i] += pooled[i] / static_cast<double>(s.kv_heads.size());
+      }
+    }
+    for (std::size_t i = 0; i < mean.size(); ++i) {
+      if (static_cast<int>(i) >= n - recent) {
+        mean[i] = kInfinity;
+      } else if (!wanted[i]) {
+        mean[i] -= 1000;
+      }
+    }
+    return mean;
+  }
+
+ private:
+  int window_, kernel_, recent_;
+};
+
+// Cosine of neighbours' keys, mean over the lanes; -1000 beside a protected token.
+std::vector<double> neighbour_links(const std::vector<std::vector<Eigen::VectorXd>>& keys, const std::vector<double>& a,
+                                    int heavy, int recent, int budget) {
+  const std::size_t n = a.size();
+  recent = std::min({recent, budget, static_cast<int>(n)});
+  heavy = std::min({heavy, budget - recent, static_cast<int>(n) - recent});
+  std::vector<bool> kept(n, false);
+  for (std::size_t i = 0; i < n; ++i) {
+    int higher = 0;
+    for (std::size_t j = 0; j + static_cast<std::size_t>(recent) < n; ++j) {
+      higher += a[j] > a[i] ? 1 : 0;
+    }
+    kept[i] = i + static_cast<std::size_t>(recent) >= n || higher < heavy;
+  }
+  std::vector<double> links;
+  for (std::size_t i = 0; i + 1 < n; ++i) {
+    double mean = 0;
+    for (const auto& lane : keys) {
+      mean += cosine(lane[i], lane[i + 1]) / static_cast<double>(keys.size());
+    }
+    links.push_back(kept[i] || kept[i + 1] ? -1000 : mean);
+  }
+  return links;
+}
+
+class KvMergerMerge : public ReferenceMerger {
+ public:
+  KvMergerMerge(const KvMerger& settings, int budget) : set_(settings), budget_(budget) {}
+  void observe(const MergeState& s) override { sums_.observe(s); }
+  void merge(MergeState& s, const std::vector<Pos>& gone) override {
+    if (!s.at_prefill() && !set_.always) {
+      return;
+    }
+    std::vector<Pos> slots;
+    std::vector<double> attention;
+    std::vector<std::vector<Eigen::VectorXd>> keys(s.lanes.size());
+    for (const auto& [pos, slot] : s.lanes[0].slots) {
+      slots.push_back(pos);
+      attention.push_back(0);
+      for (std::size_t l = 0; l < s.lanes.size(); ++l) {
+        attention.back() += sums_.of(l, pos) / static_cast<double>(s.lanes.size());
+        keys[l].push_back(s.lanes[l].slots.at(pos).k);
+      }
+    }
+    std::vector<double> links = neighbour_links(keys, attention, set_.heavy, set_.recent, budget_);
+    const int n = static_cast<int>(slots.size());
+    const auto leaves = [&](int i) { return is_gone(gone, slots[static_cast<std::size_t>(i)]); };
+    // Between two survivors one link at least is not made: the weakest.
+    for (int a = 0; a < n; ++a) {
+      int b = a + 1;
+      while (b < n && leaves(b)) {
+        ++b;
+      }
+      if (!leaves(a) && b < n && b > a + 1) {
+        *std::min_element(links.begin() + a, links.begin() + b) = -1000;
+      }
+    }
+    for (int p = 0; p < n; ++p) {
+      if (leaves(p)) {
+        continue;
+      }
+      std::vector<Pos> set;
+      for (int i = p; i + 1 < n && leaves(i + 1) && links[static_cast<std::size_t>(i)] >= set_.delta; ++i) {
+        set.push_back(slots[static_cast<std::size_t>(i + 1)]);
+      }
+      for (int i = p; i > 0 && leaves(i - 1) && links[static_cast<std::size_t>(i - 1)] >= set_.delta; --i) {
+        set.push_back(slots[static_cast<std::size_t>(i - 1)]);
+      }
+      if (!set.empty()) {
+        for (MergeLane& lane : s.lanes) {
+          one(lane, slots[static_cast<std::size_t>(p)], set);
+        }
+      }
+    }
+  }
+
+ private:
+  void one(MergeLane& lane, Pos pivot, const std::vector<Pos>& set) const {
+    MergedSlot& to = lane.slots.at(pivot);
+    const double n = static_cast<double>(set.size()) + 1;
+    double square = 0, distance = 0;
+    for (const Pos pos : set) {
+      square += (lane.slots.at(pos).k - to.k).squaredNorm() / n;
+      distance += (lane.slots.at(pos).k - to.k).norm() / n;
+    }
+    const auto weights = [&](double variance) {
+      std::map<Pos, double> g;
+      for (const Pos pos : set) {
+        g[pos] = std::exp(-(lane.slots.at(pos).k - to.k).squaredNorm() / 2 / std::max(variance, 1e-6));
+      }
+      return g;
+    };
+    const auto total = [](const std::map<Pos, double>& g) {
+      double sum = 1;
+      for (const auto& [pos, x] : g) {
+        sum += x;
+      }
+      return sum;
+    };
+    std::map<Pos, double> g = weights(set_.sigma == KvMerger::Sigma::mean_dist ? distance * distance : square);
+    if (set_.sigma == KvMerger::Sigma::two_pass) {
+      const double sigma = total(g) / (std::sqrt(2.0) * n);
+      g = weights(sigma * sigma);
+    }
+    const double sum = total(g);
+    for (const auto& [pos, x] : g) {
+      to.k += x * (lane.slots.at(pos).k);
+      to.v += x * (lane.slots.at(pos).v);
+    }
+    to.k /= sum;
+    to.v *= (set_.size_scale ? n : 1) / sum;
+  }
+
+  KvMerger set_;
+  int budget_;
+  Sums sums_;
+};
+
+class KvMergerSelector : public ReferenceSelector {
+ public:
+  KvMergerSelector(int heavy, int recent) : heavy_(heavy), recent_(recent) {}
+  // Joins the two most similar neighbouring sets again and again; who is not its set's best any more leaves then.
+  std::vector<double> score(const SetState& s) override {
+    std::vector<double> a;
+    std::vector<std::vector<Eigen::VectorXd>> keys(s.kv_heads.size());
+    for (const Pos pos : s.slots) {
+      a.push_back(0);
+      for (std::size_t l = 0; l < s.kv_heads.size(); ++l) {
+        keys[l].push_back(s.layer->k[static_cast<std::size_t>(s.kv_heads[l])].row(pos));
+      }
+    }
+    for (const int h : s.q_heads) {
+      for (Pos t = 0; t <= s.now; ++t) {
+        const Eigen::VectorXd row = s.head_attention(h, t);
+        for (std::size_t i = 0; i < a.size(); ++i) {
+          a[i] += row[s.slots[i]] / static_cast<double>(s.q_heads.size());
+        }
+      }
+    }
+    std::vector<double> links = neighbour_links(keys, a, heavy_, recent_, s.budget);
+    std::vector<double> out;
+    for (const double x : a) {
+      out.push_back(2 + x / (1 + x));
+    }
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      const bool alone = (i == 0 || links[i - 1] < -2) && (i + 1 == out.size() || links[i] < -2);
+      if (alone && is_protected(a, i, s.budget)) {
+        out[i] = kInfinity;
+      }
+    }
+    std::vector<std::size_t> set(out.size());
+    std::iota(set.begin(), set.end(), std::size_t{0});
+    for (;;) {
+      const auto best = std::max_element(links.begin(), links.end());
+      if (best == links.end() || *best < -2) {
+        return out;
+      }
+      const std::size_t left = set[static_cast<std::size_t>(best - links.begin())],
+                        right = set[static_cast<std::size_t>(best - links.begin()) + 1];
+      std::size_t leader[2] = {left, right};
+      for (std::size_t i = 0; i < set.size(); ++i) {
+        if (set[i] == left && a[i] > a[leader[0]]) {
+          leader[0] = i;
+        } else if (set[i] == right && a[i] > a[leader[1]]) {
+          leader[1] = i;
+        }
+      }
+      out[a[leader[0]] >= a[leader[1]] ? leader[1] : leader[0]] = -*best;
+      for (std::size_t& x : set) {
+        x = x == right ? left : x;
+      }
+      *best = -1000;
+    }
+  }
+
+ private:
+  bool is_protected(const std::vector<double>& a, std::size_t i, int budget) const {
+    const int n = static_cast<int>(a.size()), recent = std::min({recent_, budget, n});
+    const int heavy = std::min({heavy_, budget - recent, n - recent});
+    int higher = 0;
+    for (int j = 0; j < n - recent; ++j) {
+      higher += a[static_cast<std::size_t>(j)] > a[i] ? 1 : 0;
+    }
+    return static_cast<int>(i) >= n - recent || higher < heavy;
+  }
+
+  int heavy_, recent_;
+};
+
 class MergeReplay {
  public:
   MergeReplay(const ToyLayer& layer, const MergingRequest& request, int set, const Evicted& recorded,
@@ -608,6 +922,16 @@ MakeMerger reference_lookm(LookMWeights weights, bool always) { return make<Look
 MakeMerger reference_d2o(bool paper, double alpha, double beta) { return make<D2o>(paper, alpha, beta); }
 MakeMerger reference_cam(const Cam& settings) { return make<CamMerger>(settings); }
 MakeMerger reference_weightedkv(bool sum, bool votes) { return make<Weighted>(sum, votes); }
+MakeMerger reference_selkv(int window, int bucket, bool gate, double alpha) {
+  return make<Sel>(window, bucket, gate, alpha);
+}
+MakeSelector reference_selkv_score(int window, int kernel, int recent) {
+  return [=](const ToyLayer&) { return std::make_unique<SelScore>(window, kernel, recent); };
+}
+MakeMerger reference_kvmerger(const KvMerger& settings, int budget) { return make<KvMergerMerge>(settings, budget); }
+MakeSelector reference_kvmerger_sets(int heavy, int recent) {
+  return [=](const ToyLayer&) { return std::make_unique<KvMergerSelector>(heavy, recent); };
+}
 
 MergingResult reference_merging(const ToyLayer& layer, const MergingRequest& request, const Evicted& recorded) {
   MergingResult result;

@@ -65,6 +65,17 @@ struct Cam {
 };
 MakeMerger reference_cam(const Cam& settings = {});
 MakeMerger reference_weightedkv(bool sum, bool votes);
+MakeMerger reference_selkv(int window = 32, int bucket = 32, bool gate = true, double alpha = 0.5);
+MakeSelector reference_selkv_score(int window = 32, int kernel = 5, int recent = 16);
+// Neighbours that may join, after what is protected.
+struct KvMerger {
+  int heavy = 0, recent = 0;  // tokens
+  double delta = -1;
+  enum class Sigma { rms, two_pass, mean_dist } sigma = Sigma::rms;
+  bool size_scale = false, always = false;
+};
+MakeMerger reference_kvmerger(const KvMerger& settings, int budget);
+MakeSelector reference_kvmerger_sets(int heavy, int recent);  // joined to the budget
 
 // Selectors that see the merged slots, and so have to be checked here.
 enum class MergedSelection { elsewhere, h2o, tova };
