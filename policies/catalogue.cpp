@@ -9,7 +9,7 @@ namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, merging, cam, d2o, keepkv, lookm, selkv,
-    selkv_score, kvmerger, kvmerger_sets, weightedkv, none, mean, moments, gaussian;
+    selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv, none, mean, moments, gaussian;
 
 namespace {
 
@@ -30,6 +30,7 @@ constexpr const PartInfo* kParts[] = {
     &oracle_greedy,
     &selkv_score,
     &kvmerger_sets,
+    &zsmerge_slots,
     // read
     &quest,
     &topk,
@@ -47,6 +48,7 @@ constexpr const PartInfo* kParts[] = {
     &lookm,
     &selkv,
     &kvmerger,
+    &zsmerge,
     // compensate
     &none,
     &mean,
@@ -82,6 +84,8 @@ constexpr Preset kPresets[] = {
      "arXiv:2607.16213", "as the parts say"},
     {"kvmerger-paper", "kvmerger_sets+kvmerger", "KVMerger: runs of similar neighbours become one token",
      "arXiv:2407.08454", "as the parts say"},
+    {"zsmerge-paper", "zsmerge_slots+zsmerge",
+     "ZSMerge: heavy tokens, a tail, and residual slots that take in the rest", "arXiv:2503.10714", "as the parts say"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
 };

@@ -167,6 +167,11 @@ std::vector<Case> pairs(int budget) {
        reference_kvmerger_sets(2, 3)},
       {"kvmerger_sets:heavy=2,recent=3,scope=kv_head+kvmerger:heavy=2,recent=3,sigma=two_pass,value_scale=size",
        reference_kvmerger(two_pass, budget), elsewhere, true, reference_kvmerger_sets(2, 3)},
+      {"zsmerge-paper", reference_zsmerge({1, budget / 10}, budget), MergedSelection::by_merger},
+      {"zsmerge_slots:residual=3,tail=2,decay=0.9,scope=layer+zsmerge:residual=3,tail=2,decay=0.9,metric=l2",
+       reference_zsmerge({3, 2, 0.9, 1, true}, budget), MergedSelection::by_merger},
+      {"zsmerge_slots:residual=2,decay=1+zsmerge:residual=2,decay=1,scale_factor=0.5",
+       reference_zsmerge({2, budget / 10, 1, 0.5}, budget), MergedSelection::by_merger},
       {"tova+kvmerger:heavy=0,recent=0,delta=0.4,sigma=mean_dist,at=always", reference_kvmerger(mean, budget),
        MergedSelection::tova, true},
   };

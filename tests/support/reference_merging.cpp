@@ -730,6 +730,141 @@ class KvMergerSelector : public ReferenceSelector {
   int heavy_, recent_;
 };
 
+class Zs : public ReferenceMerger {
+ public:
+  Zs(const ZsMerge& settings, int budget)
+      : set_(settings),
+        budget_(budget),
+        n_residual_(std::min(settings.residual, budget)),
+        tail_(std::min(settings.tail, budget - n_residual_)) {}
+
+  void observe(const MergeState& s) override {
+    if (s.at_prefill()) {
+      for (const MergeLane& lane : s.lanes) {
+        for (const int h : lane.q_heads) {
+          for (Pos t = 0; t <= s.now && !lane.slots.empty(); ++t) {
+            const Softmax past =
+                softmax_over(logits_at(*s.layer, h, t), s.layer->v[static_cast<std::size_t>(lane.kv_head)],
+                             std::vector<bool>(static_cast<std::size_t>(t) + 1, true));
+            for (Pos i = 0; i <= t; ++i) {
+              score_[i] += std::pow(set_.decay, s.now - t) * past.weight[i];
+            }
+          }
+        }
+      }
+      return;
+    }
+    for (auto& [pos, x] : score_) {
+      x *= set_.decay;
+    }
+    for (const MergeLane& lane : s.lanes) {
+      for (const int h : lane.q_heads) {
+        for (const auto& [pos, a] : s.attention(lane, h)) {
+          score_[pos] += a;
+        }
+      }
+    }
+  }
+
+  std::map<Pos, double> score(const MergeState& s) override {
+    std::map<Pos, double> out;
+    for (const auto& [pos, slot] : s.lanes[0].slots) {
+      out[pos] = score_[pos];
+    }
+    if (s.at_prefill()) {
+      group(s);
+      for (const auto& run : runs_) {
+        for (const Pos pos : run) {
+          out[pos] = 0;
+        }
+      }
+    } else if (hosts_.empty()) {
+      for (const auto& [pos, slot] : s.lanes[0].slots) {
+        if (static_cast<int>(hosts_.size()) < n_residual_) {
+          hosts_.push_back(pos);
+        }
+      }
+    }
+    for (auto& [pos, x] : out) {
+      if (pos > s.now - tail_ || is_gone(hosts_, pos)) {
+        x = kInfinity;
+      }
+    }
+    return out;
+  }
+
+  void merge(MergeState& s, const std::vector<Pos>& gone) override {
+    for (std::size_t l = 0; l < s.lanes.size(); ++l) {
+      MergeLane& lane = s.lanes[l];
+      std::map<Pos, std::vector<Pos>> merges;
+      for (const Pos pos : gone) {
+        Pos best = -1;
+        double most = -kInfinity;
+        for (std::size_t r = 0; r < hosts_.size(); ++r) {
+          const Eigen::VectorXd &a = lane.slots.at(pos).k, &b = lane.slots.at(hosts_[r]).k;
+          double close = set_.l2 ? -(a - b).squaredNorm() : a.dot(b);
+          if (s.at_prefill()) {
+            close = is_gone(runs_[r], pos) ? 1 : 0;
+          }
+          if (close > most) {
+            most = close;
+            best = hosts_[r];
+          }
+        }
+        merges[best].push_back(pos);
+      }
+      for (auto& [host, from] : merges) {
+        MergedSlot& to = lane.slots.at(host);
+        double& votes = votes_[{l, host}];
+        votes = std::max(votes, 1.0);
+        for (const Pos pos : from) {  // one after the other
+          const double more = std::max(votes_[{l, pos}], 1.0);
+          to.k = (votes * to.k + more * lane.slots.at(pos).k) / (votes + more);
+          to.v = (votes * to.v + more * lane.slots.at(pos).v) / (votes + more);
+          votes += more;
+        }
+        to.bias = set_.scale_factor * std::log(votes);
+      }
+    }
+  }
+
+ private:
+  void group(const MergeState& s) {
+    std::vector<std::pair<double, Pos>> old;
+    for (const auto& [pos, slot] : s.lanes[0].slots) {
+      if (pos <= s.now - tail_) {
+        old.emplace_back(score_[pos], pos);
+      }
+    }
+    std::sort(old.begin(), old.end());
+    old.resize(old.size() - static_cast<std::size_t>(budget_ - tail_ - n_residual_));
+    std::vector<Pos> rest;
+    for (const auto& [x, pos] : old) {
+      rest.push_back(pos);
+    }
+    std::sort(rest.begin(), rest.end());
+    const std::size_t n = static_cast<std::size_t>(n_residual_);
+    std::size_t next = 0;
+    for (std::size_t r = 0; r < n; ++r) {
+      runs_.emplace_back();
+      Pos host = rest[next];
+      for (std::size_t i = 0; i < rest.size() / n + (r < rest.size() % n ? 1 : 0); ++i) {
+        runs_.back().push_back(rest[next]);
+        host = score_[rest[next]] > score_[host] ? rest[next] : host;
+        ++next;
+      }
+      hosts_.push_back(host);
+    }
+  }
+
+  ZsMerge set_;
+  int budget_, n_residual_, tail_;
+  std::map<Pos, double> score_;
+  std::vector<std::vector<Pos>> runs_;
+  std::vector<Pos> hosts_;
+  std::map<std::pair<std::size_t, Pos>, double> votes_;
+};
+
 class MergeReplay {
  public:
   MergeReplay(const ToyLayer& layer, const MergingRequest& request, int set, const Evicted& recorded,
@@ -825,7 +960,10 @@ class MergeReplay {
 
   void check(const std::vector<Pos>& slots, const std::vector<Pos>& gone) {
     std::map<Pos, double> score;
-    for (std::size_t l = 0; l < state_.lanes.size(); ++l) {
+    if (request_.selection == MergedSelection::by_merger) {
+      score = merger_->score(state_);
+    }
+    for (std::size_t l = 0; l < state_.lanes.size() && request_.selection != MergedSelection::by_merger; ++l) {
       std::map<Pos, double> now = state_.mean_attention(state_.lanes[l]);
       for (const Pos pos : slots) {
         score[pos] += request_.selection == MergedSelection::h2o ? sums_.of(l, pos) : now[pos];
@@ -849,7 +987,8 @@ class MergeReplay {
     }
     const double limit = sorted[gone.size() - 1];
     for (const Pos pos : gone) {
-      result_.excess = std::max(result_.excess, (score[pos] - limit) / std::max(limit, 1e-30));
+      const double x = score[pos];
+      result_.excess = std::max(result_.excess, x <= limit ? 0 : (x - limit) / std::max(limit, 1e-30));
     }
   }
 
@@ -929,6 +1068,7 @@ MakeSelector reference_selkv_score(int window, int kernel, int recent) {
   return [=](const ToyLayer&) { return std::make_unique<SelScore>(window, kernel, recent); };
 }
 MakeMerger reference_kvmerger(const KvMerger& settings, int budget) { return make<KvMergerMerge>(settings, budget); }
+MakeMerger reference_zsmerge(const ZsMerge& settings, int budget) { return make<Zs>(settings, budget); }
 MakeSelector reference_kvmerger_sets(int heavy, int recent) {
   return [=](const ToyLayer&) { return std::make_unique<KvMergerSelector>(heavy, recent); };
 }

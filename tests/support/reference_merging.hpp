@@ -39,6 +39,8 @@ class ReferenceMerger {
   // At the prompt's end and at every step, with all slots there and nothing merged yet.
   virtual void observe(const MergeState&) {}
   virtual void merge(MergeState& state, const std::vector<Pos>& gone) = 0;  // they are still there
+  // Of each slot, where selection and merge belong together: see MergedSelection::by_merger.
+  virtual std::map<Pos, double> score(const MergeState&) { return {}; }
 };
 using MakeMerger = std::function<std::unique_ptr<ReferenceMerger>()>;
 
@@ -75,10 +77,16 @@ struct KvMerger {
   bool size_scale = false, always = false;
 };
 MakeMerger reference_kvmerger(const KvMerger& settings, int budget);
+struct ZsMerge {
+  int residual = 1, tail = 0;
+  double decay = 0.98, scale_factor = 1;
+  bool l2 = false;
+};
+MakeMerger reference_zsmerge(const ZsMerge& settings, int budget);
 MakeSelector reference_kvmerger_sets(int heavy, int recent);  // joined to the budget
 
 // Selectors that see the merged slots, and so have to be checked here.
-enum class MergedSelection { elsewhere, h2o, tova };
+enum class MergedSelection { elsewhere, h2o, tova, by_merger };
 struct MergingRequest {
   Traits traits;
   int budget = 0;
