@@ -99,6 +99,8 @@ class Cam final : public Rewriter {
                                                    : received_.of(lane, view.pos[static_cast<std::size_t>(slot)]);
   }
 
+  static constexpr double kSame = 1e-6;  // of attention: as much as the others is not more
+
   // Of the value that is passed on.
   double share_of(const View& view, int lane, int slot, std::span<const int> window) {
     double sum = 0, most = 0;
@@ -112,7 +114,7 @@ class Cam final : public Rewriter {
     const double p = own > 0 ? own / other : 0;  // infinite where nobody looked at the window
     switch (config_.mode) {
       case Mode::deterministic:
-        return p > 1 ? 1 : 0;
+        return p > 1 + kSame ? 1 : 0;
       case Mode::expected:
         return std::min(p, 1.0);
       case Mode::bernoulli:

@@ -192,3 +192,34 @@ TEST_CASE("every merging method returns what the reference's merged cache return
   const Element element = GENERATE(Element::f32, Element::f16, Element::bf16);
   check(toy(group_size, prompt_len, element), cases(), {1, 9, 60});
 }
+
+TEST_CASE("merging methods agree with the reference on equal keys and one-sided attention", "[merging]") {
+  ToyOptions o = toy(3, 40, Element::f32);
+  o.kind = GENERATE(ToyKind::equal_keys, ToyKind::small_evicted);
+  std::vector<Case> calm;
+  for (Case c : cases()) {
+    if (c.text.find("ema_correction") == std::string::npos) {
+      c.moves = false;
+      calm.push_back(c);
+    }
+  }
+  check(o, calm, {1, 9});
+}
+
+TEST_CASE("merging methods stand logits of 1e4", "[merging]") {
+  ToyOptions o = toy(2, 24, Element::f32);
+  o.kind = GENERATE(ToyKind::huge_logits, ToyKind::sharp);
+  const Layer layer = engine_layer(make_toy_layer(o));
+  for (const std::vector<Case>& some : {cases(), pairs(9)}) {
+    for (const Case& c : some) {
+      INFO(c.text);
+      const Method method = parse_method(c.text);
+      const CellResult cell = replay_one(layer, method, 9);
+      CHECK(cell.error == "");
+      const NamedSeries found = engine_series(cell);
+      for (Eigen::Index i = 0; i < found.at("error").size(); ++i) {  // both or neither
+        CHECK(std::isnan(found.at("error").data()[i]) == std::isnan(found.at("error_output").data()[i]));
+      }
+    }
+  }
+}

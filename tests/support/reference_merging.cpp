@@ -365,7 +365,7 @@ class CamMerger : public ReferenceMerger {
         const double p = attention(pos) / (set_.max ? most : sum / n);
         double share = std::min(p, 1.0);
         if (set_.mode == CamMode::deterministic) {
-          share = p > 1 ? 1 : 0;
+          share = p > 1 + 1e-6 ? 1 : 0;
         } else if (set_.mode == CamMode::bernoulli) {
           share = uniform_at(std::uint64_t{0}, 0, s.set, static_cast<int>(l), s.now, pos) < p ? 1 : 0;
         }
