@@ -61,9 +61,10 @@ class KvMergerSets final : public Selector {
       out[static_cast<std::size_t>(i)] = kept[static_cast<std::size_t>(i)] ? std::numeric_limits<float>::infinity()
                                                                            : static_cast<float>(2 + a / (1 + a));
     }
+    const double least = config_.fit == Fit::delta ? config_.delta : KvMergerLinks::kNone;
     std::vector<int> order;
     for (int i = 0; i < static_cast<int>(cosines.size()); ++i) {
-      if (cosines[static_cast<std::size_t>(i)] > KvMergerLinks::kNone) {
+      if (cosines[static_cast<std::size_t>(i)] > least) {
         order.push_back(i);
       }
     }

@@ -452,3 +452,157 @@ TEST_CASE("merging methods stand equal keys, huge logits and an empty rest", "[m
     }
   }
 }
+
+TEST_CASE("selkv: values go to the bucket's most attended kept token, by agreement and window attention", "[merging]") {
+  // Four tokens, one bucket; token 2 leaves, having looked at token 1 more than at token 0.
+  FakeView view(8, 4, 2);
+  view.lanes[0].q.topRows(4) << 0, 0, 0, 0, 0, 1, 0, 0;
+  view.lanes[0].k.topRows(4) << 1, 0, 0, 1, 1, 1, 0, 0;
+  view.lanes[0].v.topRows(4) << 5, 0, 3, 4, 0, 10, 1, 1;
+  view.whole_prompt();
+  const auto merged = [&](const std::string& keys) {
+    FakeView own = view;
+    own.whole_prompt();
+    make("selkv:obs_window=1" + keys, own)->evicted(own, std::vector<int>{2});
+    return own;
+  };
+  const FakeView gated = merged(""), blind = merged(",gate=0,alpha=1"), off = merged(",alpha=0");
+  // The last query looks at all four alike, so masses are equal; cosine of (3, 4) and (0, 10) is 0.8.
+  CHECK(gated.value(0, 1)[0] == Approx(3 / 1.8));
+  CHECK(gated.value(0, 1)[1] == Approx((4 + 8) / 1.8));
+  CHECK(gated.bias(0, 1) == Approx(0.5 * std::log(1.8)));
+  CHECK(gated.value(0, 0)[0] == 5);
+  CHECK(gated.bias(0, 0) == 0);
+  CHECK(gated.key(0, 1) == view.key(0, 1));
+  CHECK(blind.value(0, 1)[1] == Approx(7));
+  CHECK(blind.bias(0, 1) == Approx(std::log(2)));
+  CHECK(off.bias(0, 1) == 0);
+  FakeView apart = view;  // nothing kept before it in its bucket
+  apart.whole_prompt();
+  make("selkv:obs_window=1,bucket=2", apart)->evicted(apart, std::vector<int>{2});
+  CHECK(apart.value(0, 1)[0] == 3);
+  view.append();  // and nothing at a decode step
+  make("selkv:obs_window=1", view)->evicted(view, std::vector<int>{2});
+  CHECK(view.value(0, 1)[0] == 3);
+}
+
+TEST_CASE("kvmerger: the most similar neighbours join, the most attended of each set stays", "[merging]") {
+  // Directions in degrees; neighbours differ by 5, 40, 10, 60, 5.
+  const double angle[] = {0, 5, 45, 55, 115, 120};
+  FakeView view(10, 6, 2);
+  for (int i = 0; i < 6; ++i) {
+    view.lanes[0].k.row(i) << static_cast<float>(std::cos(angle[i] * M_PI / 180)),
+        static_cast<float>(std::sin(angle[i] * M_PI / 180));
+  }
+  view.lanes[0].q.setZero();  // all alike: the older a token, the more it received
+  view.whole_prompt();
+  const auto kept = [&](const std::string& keys, int budget) {
+    FakeView own = view;
+    own.budget = budget;
+    own.whole_prompt();
+    const Method m = parse_method("kvmerger_sets:" + keys);
+    auto selector = m.select.info->select(m.select.config().get(), own.shape());
+    selector->prefill(own);
+    own.evict(*selector);
+    return std::vector<Pos>(own.pos.begin(), own.pos.end());
+  };
+  CHECK(kept("heavy=0,recent=0", 4) == std::vector<Pos>{0, 2, 3, 4});  // two joins of 5 degrees
+  CHECK(kept("heavy=0,recent=0", 3) == std::vector<Pos>{0, 2, 4});
+  CHECK(kept("heavy=0,recent=0", 2) == std::vector<Pos>{0, 4});
+  CHECK(kept("heavy=0,recent=0", 1) == std::vector<Pos>{0});
+  CHECK(kept("heavy=0,recent=0,fit=delta,delta=0.75", 6) == std::vector<Pos>{0, 4});  // 40 degrees have 0.766
+  CHECK(kept("heavy=0,recent=0,fit=delta,delta=0.9", 6) == std::vector<Pos>{0, 2, 4});
+  CHECK(kept("heavy=0,recent=0,fit=delta,delta=0.9", 2) == std::vector<Pos>{0, 2});  // then by attention
+  CHECK(kept("heavy=1,recent=1", 4) == std::vector<Pos>{0, 1, 4, 5});  // 1-2-3 and 4 are free: 2-3 join, then 1-2
+}
+
+TEST_CASE("kvmerger: Gaussian weights around the survivor", "[merging]") {
+  FakeView view(8, 3, 2);
+  view.lanes[0].k.topRows(3) << 1, 0, 1, 0.5F, 1, 1;  // squared distances from token 0: 0.25 and 1
+  view.lanes[0].v.topRows(3) << 1, 0, 0, 1, 0, 4;
+  view.lanes[0].q.setZero();
+  const auto merged = [&](const std::string& keys) {
+    FakeView own = view;
+    own.whole_prompt();
+    make("kvmerger:heavy=0,recent=0" + keys, own)->evicted(own, std::vector<int>{1, 2});
+    return own;
+  };
+  const auto expect = [](const FakeView& own, double variance, double scale) {
+    const double a = std::exp(-0.25 / (2 * variance)), b = std::exp(-1 / (2 * variance)), sum = 1 + a + b;
+    CHECK(own.key(0, 0)[0] == Approx(1));
+    CHECK(own.key(0, 0)[1] == Approx((0.5 * a + b) / sum));
+    CHECK(own.value(0, 0)[0] == Approx(scale / sum));
+    CHECK(own.value(0, 0)[1] == Approx(scale * (a + 4 * b) / sum));
+    CHECK(own.bias(0, 0) == 0);
+  };
+  const double rms = 1.25 / 3;
+  expect(merged(""), rms, 1);
+  expect(merged(",value_scale=size"), rms, 3);
+  expect(merged(",sigma=mean_dist"), 0.25, 1);
+  const double sigma = (1 + std::exp(-0.25 / (2 * rms)) + std::exp(-1 / (2 * rms))) / (std::sqrt(2.0) * 3);
+  expect(merged(",sigma=two_pass"), sigma * sigma, 1);
+  CHECK(merged(",delta=0.99").value(0, 0)[0] == 1);  // neighbours have 0.894 and 0.949
+}
+
+TEST_CASE("kvmerger: what lies between two survivors is divided at its weakest link", "[merging]") {
+  const double angle[] = {0, 10, 20, 60, 70};
+  FakeView view(8, 5, 2);
+  for (int i = 0; i < 5; ++i) {
+    view.lanes[0].k.row(i) << static_cast<float>(std::cos(angle[i] * M_PI / 180)),
+        static_cast<float>(std::sin(angle[i] * M_PI / 180));
+    view.lanes[0].v.row(i) << static_cast<float>(std::pow(10, i)), 0;
+  }
+  view.lanes[0].q.setZero();
+  view.whole_prompt();
+  make("kvmerger:heavy=0,recent=0", view)->evicted(view, std::vector<int>{1, 2, 3});
+  const double near = 2 - 2 * std::cos(M_PI / 18), far = 2 - 2 * std::cos(M_PI / 9), variance = (near + far) / 3;
+  const double a = std::exp(-near / (2 * variance)), b = std::exp(-far / (2 * variance));
+  CHECK(view.value(0, 0)[0] == Approx((1 + 10 * a + 100 * b) / (1 + a + b)));  // took in 10 and 100
+  CHECK(view.value(0, 4)[0] ==
+        Approx((10000 + 1000 * std::exp(-1)) / (1 + std::exp(-1))));  // rms of one: half its square
+}
+
+TEST_CASE("zsmerge: runs of the prompt become residual slots, later tokens join by product", "[merging]") {
+  FakeView view(12, 6, 2);
+  view.budget = 3;
+  view.lanes[0].q.setZero();  // all alike: older tokens received more, token 0 most
+  view.lanes[0].k.topRows(7) << 1, 0, 0, 1, 0, 3, 2, 0, 4, 0, 1, 1, 0, 5;
+  for (int i = 0; i < 12; ++i) {
+    view.lanes[0].v.row(i) << static_cast<float>(i), 1;
+  }
+  view.whole_prompt();
+  const std::string keys = ":residual=2,tail=0,decay=1";
+  const Method m = parse_method("zsmerge_slots" + keys);
+  auto selector = m.select.info->select(m.select.config().get(), view.shape());
+  auto rewriter = make("zsmerge" + keys, view);
+  const auto evict = [&] {
+    std::vector<float> scores(view.pos.size());
+    selector->score(view, scores);
+    std::vector<int> order(scores.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+      return scores[static_cast<std::size_t>(a)] < scores[static_cast<std::size_t>(b)];
+    });
+    order.resize(view.pos.size() - 3);
+    std::sort(order.begin(), order.end());
+    leave(view, *rewriter, order);
+  };
+  selector->prefill(view);
+  evict();  // top: token 0; runs 1 2 3 and 4 5, lent by 1 and 4
+  REQUIRE(std::vector<Pos>(view.pos.begin(), view.pos.end()) == std::vector<Pos>{0, 1, 4});
+  CHECK(view.value(0, 1)[0] == Approx(2));
+  CHECK(view.value(0, 2)[0] == Approx(4.5));
+  CHECK(view.bias(0, 0) == 0);
+  CHECK(view.bias(0, 1) == Approx(std::log(3)));
+  CHECK(view.bias(0, 2) == Approx(std::log(2)));
+  CHECK(view.key(0, 1)[0] == Approx(2.0 / 3));
+  CHECK(view.key(0, 1)[1] == Approx(4.0 / 3));
+  view.append();
+  selector->observe(view);
+  evict();  // the new token (0, 5) has received least; the first residual key is nearest
+  CHECK(std::vector<Pos>(view.pos.begin(), view.pos.end()) == std::vector<Pos>{0, 1, 4});
+  CHECK(view.value(0, 1)[0] == Approx((3 * 2 + 6) / 4.0));
+  CHECK(view.bias(0, 1) == Approx(std::log(4)));
+  CHECK(view.bytes(0, 1) == 2 * 4 + 2);
+  CHECK(view.bytes(0, 0) == 2 * 4);
+}
