@@ -77,7 +77,7 @@ constexpr Preset kPresets[] = {
      "ICML 2024, openreview.net/forum?id=LCTmppB165", "as the parts say"},
     {"d2o-paper", "h2o:sink=4+d2o", "D2O's token level: heavy hitters with sinks, merging behind a gate",
      "arXiv:2406.13035", "the prompt is cut at its end, not at the first decode step; the rest as the parts say"},
-    {"weightedkv-paper", "h2o:mass=mean,window=0+weightedkv",
+    {"weightedkv-paper", "h2o:window=0,mass=mean+weightedkv",
      "WeightedKV: the token of least mean attention leaves, its value goes to the next", "arXiv:2503.01330",
      "what the paper protects no source read here says: nothing; the rest as the parts say"},
     {"selkv-paper", "selkv_score+selkv", "SelKV: shared selection, gated merge in buckets, part of the mass given back",
