@@ -8,9 +8,9 @@
 namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
-    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
-extern const PartInfo morphkv, rpc, longflow, vatp, scissorhands, expected, infinipot;
-extern const PartInfo gkv, rkv, scope, lazyeviction, raas;
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian, morphkv,
+    rpc, longflow, vatp, scissorhands, expected, infinipot, gkv, rkv, scope, lazyeviction, raas, merging, cam, d2o,
+    keepkv, lookm, selkv, selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv;
 
 namespace {
 
@@ -41,6 +41,9 @@ constexpr const PartInfo* kParts[] = {
     &scope,
     &lazyeviction,
     &raas,
+    &selkv_score,
+    &kvmerger_sets,
+    &zsmerge_slots,
     // read
     &quest,
     &topk,
@@ -50,6 +53,15 @@ constexpr const PartInfo* kParts[] = {
     &pyramid,
     // rewrite
     &kivi,
+    &keepkv,
+    &merging,
+    &cam,
+    &d2o,
+    &weightedkv,
+    &lookm,
+    &selkv,
+    &kvmerger,
+    &zsmerge,
     // compensate
     &none,
     &mean,
@@ -104,6 +116,22 @@ constexpr Preset kPresets[] = {
     {"snapkv-gkv", "gkv:smooth=none,lambda=1,normalise=false,pooling=max",
      "SnapKV while decoding, as G-KV's code: the last 16 queries, max pooling over 5, nothing remembered",
      "arXiv:2512.00504", "as the part gkv says"},
+    {"keepkv-paper", "h2o:sink=4+keepkv", "KeepKV on heavy hitters with sinks, its paper's operator",
+     "arXiv:2504.09936",
+     "the paper selects as PyramidInfer does and says that any selection will do; the rest as the parts say"},
+    {"cam-paper", "streaming+cam", "CaM where it was shown: on sinks and a window, token by token",
+     "ICML 2024, openreview.net/forum?id=LCTmppB165", "as the parts say"},
+    {"d2o-paper", "h2o:sink=4+d2o", "D2O's token level: heavy hitters with sinks, merging behind a gate",
+     "arXiv:2406.13035", "the prompt is cut at its end, not at the first decode step; the rest as the parts say"},
+    {"weightedkv-paper", "h2o:window=0,mass=mean+weightedkv",
+     "WeightedKV: the token of least mean attention leaves, its value goes to the next", "arXiv:2503.01330",
+     "what the paper protects no source read here says: nothing; the rest as the parts say"},
+    {"selkv-paper", "selkv_score+selkv", "SelKV: shared selection, gated merge in buckets, part of the mass given back",
+     "arXiv:2607.16213", "as the parts say"},
+    {"kvmerger-paper", "kvmerger_sets+kvmerger", "KVMerger: runs of similar neighbours become one token",
+     "arXiv:2407.08454", "as the parts say"},
+    {"zsmerge-paper", "zsmerge_slots+zsmerge",
+     "ZSMerge: heavy tokens, a tail, and residual slots that take in the rest", "arXiv:2503.10714", "as the parts say"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
 };
