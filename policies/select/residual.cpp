@@ -77,7 +77,10 @@ class Residual final : public Selector {
   static Needs needs(const Config& config) {
     // A percentage is of a budget that is not known here, and no budget needs more than the whole
     // prompt.
-    return {.prompt_queries = config.obs_window.percent ? Needs::kAll : config.obs_window.of(0)};
+    if (config.obs_window.percent) {
+      return {.prompt_queries = Needs::kAll};
+    }
+    return {.prompt_queries = std::max(config.obs_window.of(0), config.queries - 1)};
   }
   static void check(const Config& c, int) {
     if (c.score == Score::lookahead && c.ewma > 0) {
