@@ -99,6 +99,7 @@ class Residual final : public Selector {
         sink_(config.sink.of(shape.budget)),
         window_(config.window.of(shape.budget)),
         obs_window_(std::max(1, config.obs_window.of(shape.budget))),
+        exact_(shape.exact_scores),
         moments_(static_cast<std::size_t>(shape.n_lanes), Moments(shape.head_dim, shape.v_head_dim)),
         tracker_(shape.n_tokens, shape.scale),
         attention_(config.ewma > 0 ? static_cast<std::size_t>(shape.n_tokens) : 0) {}
@@ -140,7 +141,7 @@ class Residual final : public Selector {
       view.attention(out);
     }
     protect(view, sink_, window_, out);
-    tracker_.score(view, moments_, surplus(view), out);
+    tracker_.score(view, moments_, exact_ ? 0 : surplus(view), out);
   }
 
   void evicted(const View& view, std::span<const int> slots) override {
@@ -305,6 +306,7 @@ class Residual final : public Selector {
   Config config_;
   float scale_;
   int sink_, window_, obs_window_;
+  bool exact_;
   LaneMoments moments_;             // of what it evicted
   ResidualTracker tracker_;         // residuals of the resident under moments_
   std::vector<Average> attention_;  // (n_tokens) by position; empty without ewma
