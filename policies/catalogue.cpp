@@ -8,7 +8,8 @@
 namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
-    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, whitelist, fair, surface_logic, headkv, kivi,
+    none, mean, moments, gaussian;
 
 namespace {
 
@@ -34,6 +35,10 @@ constexpr const PartInfo* kParts[] = {
     &uniform,
     &adakv,
     &pyramid,
+    &whitelist,
+    &fair,
+    &surface_logic,
+    &headkv,
     // rewrite
     &kivi,
     // compensate
@@ -57,6 +62,9 @@ constexpr Preset kPresets[] = {
      "arXiv:2404.14469",
      "one set per KV head by the group's mean; means over the window where some codes sum, which "
      "ranks alike"},
+    {"surfacelogic-like", "snapkv:obs_window=32,pooling=max,kernel=7+surface_logic",
+     "SurfaceLogic-like: SnapKV under budgets by what heads copy from spans and use of them; a reconstruction",
+     "arXiv:2508.15806", "as the part surface_logic says; give it surface=@FILE and logic=@FILE"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
 };
