@@ -10,7 +10,8 @@ namespace kvreplay {
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian, morphkv,
     rpc, longflow, vatp, scissorhands, expected, infinipot, gkv, rkv, scope, lazyeviction, raas, merging, cam, d2o,
-    keepkv, lookm, selkv, selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv;
+    keepkv, lookm, selkv, selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv, whitelist, fair,
+    surface_logic, headkv;
 
 namespace {
 
@@ -51,6 +52,10 @@ constexpr const PartInfo* kParts[] = {
     &uniform,
     &adakv,
     &pyramid,
+    &whitelist,
+    &fair,
+    &surface_logic,
+    &headkv,
     // rewrite
     &kivi,
     &keepkv,
@@ -132,6 +137,9 @@ constexpr Preset kPresets[] = {
      "arXiv:2407.08454", "as the parts say"},
     {"zsmerge-paper", "zsmerge_slots+zsmerge",
      "ZSMerge: heavy tokens, a tail, and residual slots that take in the rest", "arXiv:2503.10714", "as the parts say"},
+    {"surfacelogic-like", "snapkv:obs_window=32,pooling=max,kernel=7+surface_logic",
+     "SurfaceLogic-like: SnapKV under budgets by what heads copy from spans and use of them; a reconstruction",
+     "arXiv:2508.15806", "as the part surface_logic says; give it surface=@FILE and logic=@FILE"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
 };

@@ -44,6 +44,7 @@ Set::Set(Shared& shared, const SetPlan& plan, int index)
   shape.n_heads = n_heads;
   shape.budget = budget;
   shape.seed = plan.seed;
+  shape.exact_scores = plan.allocate != nullptr && plan.allocate->ranks_tokens();
   const auto config = [&](const PartUse& use) { return use.config(l.index, lanes[0].kv_head); };
   const auto select_config = config(*plan.select);
   const Needs needs = plan.select->info->needs(select_config.get());
