@@ -8,7 +8,8 @@
 namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
-    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, turboquant, polarquant, tada, none, mean,
+    moments, gaussian;
 
 namespace {
 
@@ -36,6 +37,9 @@ constexpr const PartInfo* kParts[] = {
     &pyramid,
     // rewrite
     &kivi,
+    &turboquant,
+    &polarquant,
+    &tada,
     // compensate
     &none,
     &mean,
