@@ -8,8 +8,8 @@
 namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
-    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, turboquant, polarquant, tada, none, mean,
-    moments, gaussian;
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, turboquant, polarquant, tada, sals_score,
+    sals_store, none, mean, moments, gaussian;
 
 namespace {
 
@@ -31,6 +31,7 @@ constexpr const PartInfo* kParts[] = {
     // read
     &quest,
     &topk,
+    &sals_score,
     // allocate
     &uniform,
     &adakv,
@@ -40,6 +41,7 @@ constexpr const PartInfo* kParts[] = {
     &turboquant,
     &polarquant,
     &tada,
+    &sals_store,
     // compensate
     &none,
     &mean,
@@ -61,6 +63,12 @@ constexpr Preset kPresets[] = {
      "arXiv:2404.14469",
      "one set per KV head by the group's mean; means over the window where some codes sum, which "
      "ranks alike"},
+    {"sals", "full:scope=layer+sals_score:own_latent=false+sals_store",
+     "SALS: keys of a layer as one latent before RoPE, by whose leading numbers the tokens to read are chosen, and "
+     "values in few bits",
+     "arXiv:2510.24273",
+     "the 25% setting; the 12.5% setting is sals:sals_score.rank=0.125,sals_store.rank=0.125,bits=2; the rest as the "
+     "parts say"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
 };
