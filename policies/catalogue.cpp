@@ -11,7 +11,7 @@ extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian, morphkv,
     rpc, longflow, vatp, scissorhands, expected, infinipot, gkv, rkv, scope, lazyeviction, raas, merging, cam, d2o,
     keepkv, lookm, selkv, selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv, whitelist, fair,
-    surface_logic, headkv;
+    surface_logic, headkv, turboquant, polarquant, tada, sals_score, sals_store;
 
 namespace {
 
@@ -48,6 +48,7 @@ constexpr const PartInfo* kParts[] = {
     // read
     &quest,
     &topk,
+    &sals_score,
     // allocate
     &uniform,
     &adakv,
@@ -67,6 +68,10 @@ constexpr const PartInfo* kParts[] = {
     &selkv,
     &kvmerger,
     &zsmerge,
+    &turboquant,
+    &polarquant,
+    &tada,
+    &sals_store,
     // compensate
     &none,
     &mean,
@@ -140,6 +145,12 @@ constexpr Preset kPresets[] = {
     {"surfacelogic-like", "snapkv:obs_window=32,pooling=max,kernel=7+surface_logic",
      "SurfaceLogic-like: SnapKV under budgets by what heads copy from spans and use of them; a reconstruction",
      "arXiv:2508.15806", "as the part surface_logic says; give it surface=@FILE and logic=@FILE"},
+    {"sals", "full:scope=layer+sals_score:own_latent=false+sals_store",
+     "SALS: keys of a layer as one latent before RoPE, by whose leading numbers the tokens to read are chosen, and "
+     "values in few bits",
+     "arXiv:2510.24273",
+     "the 25% setting; the 12.5% setting is sals:sals_score.rank=0.125,sals_store.rank=0.125,bits=2; the rest as the "
+     "parts say"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
 };

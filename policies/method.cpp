@@ -353,6 +353,12 @@ void refuse_combinations(const Method& m) {
     refuse("reader " + quoted(m.read->info->name) + " chooses among all resident tokens, but the prompt is pinned; " +
            unpin);
   }
+  for (const auto* part : {&m.read, &m.rewrite}) {
+    if (*part && (*part)->info->across_heads && m.traits.scope != Scope::layer) {
+      refuse(std::string(kRoleNames[static_cast<int>((*part)->info->role)]) + " " + quoted((*part)->info->name) +
+             " joins the KV heads of a layer, so they need one set; write scope=layer at " + select);
+    }
+  }
   if (pinned && m.traits.decode == Decode::grow) {
     refuse("with pool=decode and decode=grow nothing would ever be evicted; write decode=evict");
   }

@@ -155,6 +155,8 @@ class OracleSelector : public Selector {
 class Reader {
  public:
   virtual ~Reader() = default;
+  // Once, at the last prompt token, after the cut and before anything is rewritten.
+  virtual void prefill(const View&) {}
   virtual void choose(const View&, int lane, int head, std::vector<int>& slots) = 0;
   // Beyond the slots themselves, per KV head at a cache of n slots: what is kept, and what is read to choose.
   virtual double metadata_bytes(int /*n_slots*/) const { return 0; }

@@ -605,6 +605,9 @@ void Set::prefill_scores(std::vector<float>& scores) {
 
 void Set::prefill_evict(std::vector<float>& scores) {
   evict(scores);
+  if (read_) {
+    read_->prefill(*this);
+  }
   if (rewrite_) {
     rewrite_->step(*this);
   }
