@@ -9,6 +9,7 @@ namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
+extern const PartInfo atoms, linear;
 
 namespace {
 
@@ -41,6 +42,8 @@ constexpr const PartInfo* kParts[] = {
     &mean,
     &moments,
     &gaussian,
+    &atoms,
+    &linear,
 };
 
 constexpr Preset kPresets[] = {

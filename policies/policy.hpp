@@ -181,6 +181,7 @@ class Allocator {
 struct Loss {
   int step;  // of the block: the first that misses the token; the next block's first at most
   const float *k, *v;
+  Pos pos = 0;  // of the token
 };
 struct Estimate {
   Eigen::ArrayXd log_mass;  // (rows) ln of the estimated evicted mass with unshifted logits; -inf: nothing to add

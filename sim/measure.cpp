@@ -312,7 +312,7 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
   for (std::size_t i = lane.n_measured; i < lane.evicted.size(); ++i) {
     const auto [token, missing_from] = lane.evicted[i];
     losses.push_back({std::max(0, missing_from - e.begin), layer_.k[lane.kv_head].row(token).data(),
-                      layer_.v[lane.kv_head].row(token).data()});
+                      layer_.v[lane.kv_head].row(token).data(), token});
   }
   std::vector<Estimate> estimates(compensators_.size());
   if (moments_) {
