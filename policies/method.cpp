@@ -514,10 +514,16 @@ Foresight Method::foresight() const {
   return Foresight::none;
 }
 
-Needs Method::needs() const {
+Needs Method::needs(std::span<const PartUse> compensators) const {
+  std::vector<const PartUse*> all_parts = parts_of(*this);
+  for (const PartUse& part : compensators) {
+    all_parts.push_back(&part);
+  }
   Needs all;
-  for (const PartUse* part : parts_of(*this)) {
-    const bool pinned = part == &select && traits.pool == Pool::decode;
+  for (const PartUse* part : all_parts) {
+    // A selector of a pinned prompt never sees it; a compensator has nothing to remember of it unless it was cut.
+    const bool pinned =
+        traits.pool == Pool::decode && (part == &select || (part->info->role == Role::compensate && !prefill_select));
     for (const auto& config : configs(*part)) {
       const Needs n = part->info->needs(config.get());
       if (!pinned && all.prompt_queries != Needs::kAll) {

@@ -64,7 +64,8 @@ struct Method {
   std::vector<const PartUse*> parts() const;  // those there are, in the order of the text
   bool budgeted() const;                      // full without a reader is not
   Foresight foresight() const;
-  Needs needs() const;  // union over the parts; none of the prompt's queries if the prompt is pinned
+  // Union over the parts and what is measured beside them; none of the prompt's queries where the prompt is pinned.
+  Needs needs(std::span<const PartUse> compensators = {}) const;
   // Values the user wrote that do not fit this budget, and each part's own check; ConfigError. prompt_budget: the
   // prefill selector's, in tokens; 0 if it has none of its own.
   void check(int budget, int prompt_budget = 0) const;

@@ -13,6 +13,8 @@
 #include <string_view>
 #include <vector>
 
+#include "policies/rotation.hpp"
+
 namespace kvreplay {
 
 using Pos = std::int32_t;  // absolute token position; a slot keeps its own for life
@@ -47,9 +49,16 @@ struct Needs {
   bool future_outputs = false;    // Future::horizon: oracles only
 };
 
+// A named range of the trace's tokens, such as an instruction or a needle.
+struct TokenSpan {
+  std::string name;
+  Pos begin, end;  // half-open
+};
+
 // The set that a part is made for. Parts keep their state by position, so that eviction moves nothing.
 struct SetShape {
   int layer = 0;                 // the model's own layer number
+  int n_model_layers = 0;        // of the model, not of the run
   int set = 0;                   // index of the set within its layer
   int kv_head = 0;               // of the first lane
   int n_lanes = 1, n_heads = 1;  // n_heads: query heads per lane
@@ -59,6 +68,8 @@ struct SetShape {
   int element_bytes = 2;  // of one stored number in the trace
   float scale = 1;        // softmax scale of the trace; View::queries has it folded in
   std::uint64_t seed = 0;
+  const Rotation* rotation = nullptr;     // nullptr if the trace does not say; there where Needs::pre_rope asked for it
+  std::span<const TokenSpan> spans = {};  // of the trace
   // Where the part asked for them (Needs): per lane (n_tokens) external scores; (n_tokens) first decode step without.
   std::vector<std::vector<float>> scores;
   std::vector<std::int32_t> evicted_at;
@@ -173,6 +184,10 @@ class Allocator {
   virtual std::vector<int> assign(const std::vector<std::vector<float>>& /*scores*/, int /*mean_budget*/) const {
     return {};
   }
+  // Spreads a set's budget over its tokens: may raise or lower scores that a selector gave, before the n_drop lowest
+  // leave.
+  virtual void over_tokens(const View&, std::span<const TokenSpan> /*spans*/, int /*n_drop*/,
+                           std::span<float> /*scores*/) const {}
 };
 
 // What is remembered of the evicted tokens of one lane and added to the output. Called once per block of steps, for
@@ -193,12 +208,25 @@ struct EvictedBlock {
   int n_heads;
   std::span<const Loss> losses;  // of this block, in order of step
   const MomentRows& moments;     // kept once per lane, shared by all compensators beside each other
+  // Where a compensator sees_retained: ln of the attended mass and the largest attended logit, both unshifted (rows).
+  Eigen::ArrayXd log_retained = {}, top_retained = {};
+};
+// The cut of a prompt in one lane, tokens in order of position. Rows of q as in EvictedBlock, the last one last.
+struct PromptCut {
+  MatF q;  // (last prompt queries * n_heads, head_dim) softmax scale folded in
+  int n_heads;
+  MatF retained_k, evicted_k;  // (tokens, head_dim)
+  MatF retained_v, evicted_v;  // (tokens, v_head_dim)
 };
 struct MomentNeeds;
 class Compensator {
  public:
   virtual ~Compensator() = default;
   virtual MomentNeeds needs() const = 0;  // of EvictedBlock::moments
+  virtual bool sees_retained() const { return false; }
+  // Once, before the first estimate, if the part needs queries of the prompt and the prompt was not pinned. As many
+  // queries as the part asked for, fewer where the trace has fewer.
+  virtual void prompt(const PromptCut&) {}
   virtual void estimate(const EvictedBlock&, Estimate& out) = 0;
   virtual double state_bytes() const = 0;  // per KV head
 };

@@ -1,5 +1,6 @@
 // One layer of a trace, widened to float32 and laid out the way the engine multiplies it.
 #pragma once
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -9,11 +10,6 @@
 namespace kvreplay {
 
 using MapF = Eigen::Map<const MatF>;
-
-struct TokenSpan {
-  std::string name;
-  Pos begin, end;  // half-open
-};
 
 struct Layer {
   int index = 0;           // the model's own layer number
@@ -31,6 +27,7 @@ struct Layer {
   std::vector<MatF> v;  // (n_tokens, v_head_dim)
   MatF w_o;             // (hidden, n_heads * v_head_dim); empty if the trace has none or nobody asked
   std::vector<TokenSpan> spans;
+  std::optional<Rotation> rotation;  // of q and k; none where the trace does not say, or it changed on the way
   std::vector<std::pair<std::string, std::vector<std::vector<float>>>> scores;  // name, per KV head (n_tokens)
 
   int n_steps() const { return n_tokens - prompt_len; }
@@ -38,6 +35,7 @@ struct Layer {
   auto queries(int kv_head, Pos begin, int n) const {                                    // (n * group_size, head_dim)
     return q[kv_head].middleRows(Eigen::Index(begin - first_query) * group_size, Eigen::Index(n) * group_size);
   }
+  SetShape shape() const;  // what all sets of the layer have in common; points into the layer
 };
 
 }  // namespace kvreplay

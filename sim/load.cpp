@@ -43,6 +43,13 @@ Layer load_layer(const TraceReader& trace, int number, const LoadOptions& option
     }
   }
 
+  if (info.rope.present && info.rope.invertible) {
+    l.rotation = Rotation{.interleaved = info.rope.style == "interleaved",
+                          .attention_factor = info.rope.attention_factor,
+                          .inv_freq = info.rope.inv_freq,
+                          .ids = {info.positions.begin(), info.positions.begin() + l.n_tokens}};
+  }
+
   const auto values = [](MatF& m) { return std::span<float>(m.data(), std::size_t(m.size())); };
   const Eigen::Index n_queries = l.n_tokens - l.first_query;
   MatF one(n_queries, l.head_dim);

@@ -171,22 +171,17 @@ Meter::Meter(const Layer& layer, const ReplayOptions& options, const CellCompens
   const bool per_query_head = set.traits.scope == Scope::query_head;
   row_ = per_query_head ? l.kv_head * layer.group_size + l.first_head : l.kv_head;
   MomentNeeds needs;
-  SetShape shape{.layer = layer.index,
-                 .kv_head = l.kv_head,
-                 .n_heads = set.n_heads,
-                 .head_dim = layer.head_dim,
-                 .v_head_dim = layer.v_head_dim,
-                 .n_tokens = layer.n_tokens,
-                 .prompt_len = layer.prompt_len,
-                 .budget = set.budget,
-                 .element_bytes = layer.element_bytes,
-                 .scale = layer.scale,
-                 .seed = options.seed,
-                 .scores = {},
-                 .evicted_at = {}};
+  SetShape shape = layer.shape();
+  shape.kv_head = l.kv_head;
+  shape.n_heads = set.n_heads;
+  shape.budget = set.budget;
+  shape.seed = options.seed;
   for (const PartUse* part : compensators.parts) {
-    compensators_.push_back(part->info->compensate(part->config(layer.index, l.kv_head).get(), shape));
+    const auto config = part->config(layer.index, l.kv_head);
+    compensators_.push_back(part->info->compensate(config.get(), shape));
     needs = needs | compensators_.back()->needs();
+    prompt_queries_.push_back(part->info->needs(config.get()).prompt_queries);
+    sees_retained_ = sees_retained_ || compensators_.back()->sees_retained();
   }
   if (!compensators_.empty()) {
     moments_ = std::make_unique<MomentTrack>(layer.head_dim, layer.v_head_dim, needs);
@@ -204,10 +199,78 @@ float* Meter::out(Metric metric, int row, int compensator) {
 
 void Meter::block(const Set& set, Lane& lane, HeadErrors* errors) {
   begin_ = set.exact(lane).begin;
+  if (begin_ == layer_.prompt_len && !set.prompt_by_prefix()) {
+    show_prompt(set, lane);
+  }
   const Rows rows{set.n_steps, set.n_heads, layer_.group_size, lane.first_head, layer_.v_head_dim};
   query_heads(set, lane, rows, errors);
   kv_head(set, lane);
   lane.n_measured = lane.evicted.size();
+}
+
+// The largest weight that each row attends: (rows). Of tokens that a reader chose, as they are in the trace.
+template <class ForEach>
+Eigen::ArrayXd Meter::top_weights(const Set& set, const Lane& lane, const Rows& rows, ForEach attended) const {
+  const ExactBlock& e = set.exact(lane);
+  Eigen::ArrayXd top = Eigen::ArrayXd::Zero(rows.size());
+  if (set.reads()) {
+    for (int r = 0; r < rows.size(); ++r) {
+      for (Pos p : lane.read[std::size_t(r)]) {
+        top[r] = std::max(top[r], double(e.weights(p, rows.exact(r))));
+      }
+    }
+    return top;
+  }
+  const auto raise = [&](const float* weights, const float*, int lo, int hi) {
+    if (lo < hi) {
+      rows.own(weights, lo, hi, [&](const auto& x) {
+        auto t = top.segment(lo * rows.heads, x.size());
+        t = t.max(x.template cast<double>());
+      });
+    }
+  };
+  if (set.prompt_by_prefix()) {
+    for (Pos p = 0; p < layer_.prompt_len; ++p) {
+      raise(e.weights.row(p).data(), nullptr, 0, rows.steps);
+    }
+  }
+  attended(raise);
+  return top;
+}
+
+// What compensators that ask for it learn of the prompt.
+void Meter::show_prompt(const Set& set, const Lane& lane) {
+  const auto rows_of = [](const MatF& all, const std::vector<Pos>& tokens) { return MatF(all(tokens, Eigen::all)); };
+  for (std::size_t c = 0; c < compensators_.size(); ++c) {
+    if (prompt_queries_[c] == 0) {
+      continue;
+    }
+    const int available = layer_.prompt_len - layer_.first_query;
+    const int n = prompt_queries_[c] == Needs::kAll ? available : std::min(prompt_queries_[c], available);
+    std::vector<Pos> retained, evicted;
+    for (const Eviction& e : lane.evicted) {
+      if (e.token < layer_.prompt_len && e.missing_from <= layer_.prompt_len) {
+        evicted.push_back(e.token);
+      }
+    }
+    std::sort(evicted.begin(), evicted.end());
+    for (Pos p = 0; p < layer_.prompt_len; ++p) {
+      if (!std::binary_search(evicted.begin(), evicted.end(), p)) {
+        retained.push_back(p);
+      }
+    }
+    const auto queries = layer_.queries(lane.kv_head, layer_.prompt_len - n, n);
+    PromptCut cut{.q = MatF(Eigen::Index(n) * set.n_heads, layer_.head_dim),
+                  .n_heads = set.n_heads,
+                  .retained_k = rows_of(layer_.k[std::size_t(lane.kv_head)], retained),
+                  .evicted_k = rows_of(layer_.k[std::size_t(lane.kv_head)], evicted),
+                  .retained_v = rows_of(layer_.v[std::size_t(lane.kv_head)], retained),
+                  .evicted_v = rows_of(layer_.v[std::size_t(lane.kv_head)], evicted)};
+    for (Eigen::Index r = 0; r < cut.q.rows(); ++r) {
+      cut.q.row(r) = queries.row(r / set.n_heads * layer_.group_size + lane.first_head + r % set.n_heads);
+    }
+    compensators_[c]->prompt(cut);
+  }
 }
 
 void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors* errors) {
@@ -318,8 +381,13 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
   if (moments_) {
     const MatF q = rows.pick(MatF(layer_.queries(lane.kv_head, e.begin, rows.steps)));
     const MomentRows& moments = moments_->block(q, rows.heads, losses);
+    EvictedBlock block{q, rows.heads, losses, moments};
+    if (sees_retained_) {
+      block.log_retained = own_z.log() + max_logit.cast<double>();
+      block.top_retained = top_weights(set, lane, rows, attended_columns).log() + max_logit.cast<double>();
+    }
     for (std::size_t c = 0; c < compensators_.size(); ++c) {
-      compensators_[c]->estimate({q, rows.heads, losses, moments}, estimates[c]);
+      compensators_[c]->estimate(block, estimates[c]);
     }
   }
   Eigen::ArrayXd variance, spread;

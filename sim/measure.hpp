@@ -28,6 +28,9 @@ class Meter {
   struct Rows;
   struct Sums;
   float* out(Metric, int row, int compensator = -1);  // the series' first step of this block, nullptr if not asked
+  void show_prompt(const Set&, const Lane&);
+  template <class ForEach>
+  Eigen::ArrayXd top_weights(const Set&, const Lane&, const Rows&, ForEach attended) const;
   void query_heads(const Set&, Lane&, const Rows&, HeadErrors*);
   void kv_head(const Set&, const Lane&);
   void keep_attended(const Set&, const Lane&);
@@ -42,6 +45,8 @@ class Meter {
   Checkpoints& checkpoints_;
   int acting_, row_;  // row_: of KV-head series
   std::vector<std::unique_ptr<Compensator>> compensators_;
+  std::vector<int> prompt_queries_;  // per compensator, what it needs of the prompt
+  bool sees_retained_ = false;       // any of them
   std::unique_ptr<MomentTrack> moments_;
   std::vector<int> span_evicted_;  // per span, tokens evicted so far
   Pos begin_ = 0;                  // of the block

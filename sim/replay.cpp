@@ -128,11 +128,20 @@ class Replay {
 
   // The last prompt token's attention, and the prompt's column masses, for all methods.
   void shared_prefill() {
-    std::vector<int> windows;
-    for (const Running& r : running_) {
-      const int w = shared_.n_votes(r.job->method->needs().prompt_queries);
+    std::vector<int> windows;  // of the selectors; what else asks for queries looks at them itself
+    const auto announce = [&](const PartUse& selector) {
+      const int w = shared_.n_votes(selector.info->needs(selector.config(layer_.index).get()).prompt_queries);
       if (w != 0 && std::find(windows.begin(), windows.end(), w) == windows.end()) {
         windows.push_back(w);
+      }
+    };
+    for (const Running& r : running_) {
+      const Method& m = *r.job->method;
+      if (m.traits.pool == Pool::all) {
+        announce(m.select);
+      }
+      if (m.prefill_select) {
+        announce(*m.prefill_select);
       }
     }
     for (int w : windows) {
@@ -186,9 +195,14 @@ class Replay {
           "compensators in closed form do not hold under a logit soft-cap, which this model has; use "
           "--compensators none");
     }
+    if (m.allocate) {
+      r.allocator = m.allocate->info->allocate(m.allocate->config(layer_.index).get());
+      r.to_allocate = r.allocator->over_sets();
+    }
     const SetPlan plan{.select = &m.select,
                        .read = m.read ? &*m.read : nullptr,
                        .rewrite = m.rewrite ? &*m.rewrite : nullptr,
+                       .allocate = r.allocator.get(),
                        .traits = m.traits,
                        .budget = r.job->budget,
                        .seed = options_.seed,
@@ -198,10 +212,6 @@ class Replay {
       r.sets.push_back(std::make_unique<Set>(shared_, plan, i));
     }
     r.seconds.assign(std::size_t(n), 0);
-    if (m.allocate) {
-      r.allocator = m.allocate->info->allocate(m.allocate->config(layer_.index).get());
-      r.to_allocate = r.allocator->over_sets();
-    }
     add_series(cell, layer_, options_, m.traits.scope == Scope::query_head ? layer_.n_heads : layer_.n_kv_heads);
     keep_room(cell, m);
     for (const auto& set : r.sets) {

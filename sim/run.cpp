@@ -212,7 +212,7 @@ class Run {
       std::vector<Column> fit;
       for (const Column& c : columns_) {
         const Method& m = *c.method;
-        const Needs needs = m.needs();
+        const Needs needs = m.needs(compensators_);
         const std::string who = info.path.string() + ": " + m.label + " needs ";
         for (int layer : input->layers) {
           const Pos first = first_stored_query(input->reader, layer);
@@ -413,7 +413,7 @@ class Run {
                      .scores = {},
                      .w_o = request_.metrics.projected()};
     for (const Column& c : columns_) {
-      const Needs needs = c.method->needs();
+      const Needs needs = c.method->needs(compensators_);
       load.first_query = std::min(load.first_query, first_query(needs, input.prompt_len));
       if (!needs.scores.empty() &&
           std::find(load.scores.begin(), load.scores.end(), needs.scores) == load.scores.end()) {

@@ -16,7 +16,8 @@ int Set::count(Scope scope, int n_heads, int n_kv_heads) {
   return scope == Scope::layer ? 1 : scope == Scope::kv_head ? n_kv_heads : n_heads;
 }
 
-Set::Set(Shared& shared, const SetPlan& plan, int index) : traits(plan.traits), shared_(&shared) {
+Set::Set(Shared& shared, const SetPlan& plan, int index)
+    : traits(plan.traits), shared_(&shared), allocate_(plan.allocate) {
   const Layer& l = shared.layer;
   budget = plan.budget;
   prompt_len = l.prompt_len;
@@ -35,21 +36,13 @@ Set::Set(Shared& shared, const SetPlan& plan, int index) : traits(plan.traits), 
     }
   }
 
-  SetShape shape{.layer = l.index,
-                 .set = index,
-                 .kv_head = lanes[0].kv_head,
-                 .n_lanes = n_lanes,
-                 .n_heads = n_heads,
-                 .head_dim = head_dim,
-                 .v_head_dim = v_head_dim,
-                 .n_tokens = l.n_tokens,
-                 .prompt_len = prompt_len,
-                 .budget = budget,
-                 .element_bytes = l.element_bytes,
-                 .scale = l.scale,
-                 .seed = plan.seed,
-                 .scores = {},
-                 .evicted_at = {}};
+  SetShape shape = l.shape();
+  shape.set = index;
+  shape.kv_head = lanes[0].kv_head;
+  shape.n_lanes = n_lanes;
+  shape.n_heads = n_heads;
+  shape.budget = budget;
+  shape.seed = plan.seed;
   const auto config = [&](const PartUse& use) { return use.config(l.index, lanes[0].kv_head); };
   const auto select_config = config(*plan.select);
   const Needs needs = plan.select->info->needs(select_config.get());
@@ -483,13 +476,16 @@ void Set::evict_scores(std::vector<float>& scores) {
   select_->score(*this, scores);
 }
 
-void Set::evict(const std::vector<float>& scores) {
+void Set::evict(std::vector<float>& scores) {
   if (scores.empty()) {
     return;
   }
   const int n_over = std::min(select_->surplus(*this), int(positions_.size()));
   if (n_over <= 0) {
     return;
+  }
+  if (allocate_) {
+    allocate_->over_tokens(*this, layer().spans, n_over, scores);
   }
   for (std::size_t i = 0; i < scores.size(); ++i) {
     if (std::isnan(scores[i])) {
@@ -604,7 +600,7 @@ void Set::prefill_scores(std::vector<float>& scores) {
   }
 }
 
-void Set::prefill_evict(const std::vector<float>& scores) {
+void Set::prefill_evict(std::vector<float>& scores) {
   evict(scores);
   if (rewrite_) {
     rewrite_->step(*this);

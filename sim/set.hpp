@@ -78,6 +78,7 @@ struct SetPlan {
   const PartUse* select = nullptr;
   const PartUse* read = nullptr;
   const PartUse* rewrite = nullptr;
+  const Allocator* allocate = nullptr;
   Traits traits;
   int budget = 1;
   std::uint64_t seed = 0;
@@ -94,7 +95,7 @@ class Set final : public Cache, public Future {
 
   // The prompt's end. scores: of all slots, where the set is over its budget, else empty.
   void prefill_scores(std::vector<float>& scores);
-  void prefill_evict(const std::vector<float>& scores);
+  void prefill_evict(std::vector<float>& scores);
   // What another set's cut of the prompt left of one query head's prompt.
   void pin(int lane, const std::vector<Pos>& kept);
 
@@ -103,7 +104,7 @@ class Set final : public Cache, public Future {
   void arrive(int step);  // the selector observes
   void attend();          // the reader chooses
   void evict_scores(std::vector<float>& scores);
-  void evict(const std::vector<float>& scores);
+  void evict(std::vector<float>& scores);  // as the allocator leaves them
   void finish();
   bool evicts_before() const { return traits.evict == Order::before_attention; }
 
@@ -149,6 +150,7 @@ class Set final : public Cache, public Future {
   std::unique_ptr<Selector> select_;
   std::unique_ptr<Reader> read_;
   std::unique_ptr<Rewriter> rewrite_;
+  const Allocator* allocate_;
   std::vector<Pos> positions_;
   std::vector<Pos> rewritten_, rewritten_before_;  // in this step, in the one before
   bool pinned_by_list_ = false;

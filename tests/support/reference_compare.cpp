@@ -56,6 +56,13 @@ Layer engine_layer(const ToyLayer& toy) {
     layer.v.push_back(toy.v[static_cast<std::size_t>(kv)].cast<float>());
   }
   layer.w_o = toy.w_o.cast<float>();
+  layer.rotation = Rotation{};
+  for (int i = 0; i < o.head_dim / 2; ++i) {
+    layer.rotation->inv_freq.push_back(std::pow(10000.0, -2.0 * i / o.head_dim));
+  }
+  for (Pos pos = 0; pos < o.n_tokens; ++pos) {
+    layer.rotation->ids.push_back(pos);
+  }
   return layer;
 }
 
