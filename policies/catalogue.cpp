@@ -9,7 +9,7 @@ namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
-extern const PartInfo atoms, linear;
+extern const PartInfo atoms, linear, clusters;
 
 namespace {
 
@@ -44,6 +44,7 @@ constexpr const PartInfo* kParts[] = {
     &gaussian,
     &atoms,
     &linear,
+    &clusters,
 };
 
 constexpr Preset kPresets[] = {
@@ -62,6 +63,9 @@ constexpr Preset kPresets[] = {
      "ranks alike"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
+    {"reskv", "snapkv+clusters",
+     "ResKV: clusters of the evicted keys as more entries of the softmax, gated by sharpness and validated",
+     "arXiv:2607.29591", "as the part clusters says"},
 };
 
 constexpr std::string_view kScopes[] = {"kv_head", "layer", "query_head"};

@@ -217,6 +217,7 @@ struct PromptCut {
   int n_heads;
   MatF retained_k, evicted_k;  // (tokens, head_dim)
   MatF retained_v, evicted_v;  // (tokens, v_head_dim)
+  std::vector<Pos> evicted = {};  // positions of the evicted
 };
 struct MomentNeeds;
 class Compensator {

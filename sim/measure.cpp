@@ -265,7 +265,8 @@ void Meter::show_prompt(const Set& set, const Lane& lane) {
                   .retained_k = rows_of(layer_.k[std::size_t(lane.kv_head)], retained),
                   .evicted_k = rows_of(layer_.k[std::size_t(lane.kv_head)], evicted),
                   .retained_v = rows_of(layer_.v[std::size_t(lane.kv_head)], retained),
-                  .evicted_v = rows_of(layer_.v[std::size_t(lane.kv_head)], evicted)};
+                  .evicted_v = rows_of(layer_.v[std::size_t(lane.kv_head)], evicted),
+                  .evicted = evicted};
     for (Eigen::Index r = 0; r < cut.q.rows(); ++r) {
       cut.q.row(r) = queries.row(r / set.n_heads * layer_.group_size + lane.first_head + r % set.n_heads);
     }

@@ -8,7 +8,7 @@
 
 namespace kvreplay {
 
-extern const PartInfo atoms, linear, moments, gaussian;
+extern const PartInfo atoms, linear, clusters, moments, gaussian;
 
 namespace {
 
@@ -181,7 +181,7 @@ TEST_CASE("second-order mass helps until the logits spread too far") {
   const int trials = 3000;
   for (int trial = 0; trial < trials; ++trial) {
     const MatF q = normal(1, 16, 1, gen), mu = normal(1, 16, 1, gen);
-    const MatF a = c.scale / q.norm() * q;
+    const MatF a = c.scale / std::sqrt(16.0F) * q;
     const MatF k = normal(32, 16, 1, gen).rowwise() + mu.row(0);
     const double exact = Exact(a, k, k).log_mass[0];
     const Settings open = {{"assign", one}, {"freeze", 0}, {"clip", 0}, {"rank", 16}};
@@ -333,14 +333,96 @@ TEST_CASE("an atom's numbers are counted") {
 
 TEST_CASE("random features estimate short keys well on average and long ones not at all") {
   std::mt19937 gen(10);
-  const MatF v = normal(40, 6, 1, gen), short_k = normal(40, 8, 0.5F, gen), q = normal(5, 8, 0.5F, gen);
+  const MatF v = normal(40, 6, 1, gen), short_k = normal(40, 8, 0.4F, gen), q = normal(5, 8, 0.4F, gen);
   const Estimate close = estimate(linear, q, short_k, v, {{"features", 4096}});
   const Exact exact(q, short_k, v);
   CHECK((close.log_mass - exact.log_mass).abs().maxCoeff() < 0.2);
   CHECK((close.value - exact.value).norm() < 0.3 * exact.value.norm());
-  const MatF long_k = 6 * short_k, long_q = 6 * q;
+  const MatF long_k = 8 * short_k, long_q = 8 * q;
   const Estimate lost = estimate(linear, long_q, long_k, v, {{"features", 4096}});
   CHECK((lost.log_mass - Exact(long_q, long_k, v).log_mass).abs().maxCoeff() > 3);
+}
+
+// Tokens that are missing from the start, beside retained ones of which each row's largest probability is known.
+Estimate gated(const MatF& q, const MatF& k, const MatF& v, double largest, const Settings& settings) {
+  const auto compensator = make(clusters, static_cast<int>(k.cols()), static_cast<int>(v.cols()), settings);
+  std::vector<Loss> losses;
+  for (Eigen::Index i = 0; i < k.rows(); ++i) {
+    losses.push_back({0, k.row(i).data(), v.row(i).data(), static_cast<Pos>(i)});
+  }
+  const MomentRows unused{};
+  const Eigen::ArrayXd mass = Eigen::ArrayXd::Constant(q.rows(), 5.0);
+  Estimate out;
+  compensator->estimate({q, static_cast<int>(q.rows()), losses, unused, mass, mass + std::log(largest)}, out);
+  return out;
+}
+
+TEST_CASE("clusters are exact for one token each and for equal keys; the gate weighs them down to nothing") {
+  std::mt19937 gen(11);
+  const MatF q = normal(4, 12, 0.5F, gen), k = normal(9, 12, 1, gen), v = normal(9, 8, 1, gen);
+  const MatF same = k.row(0).replicate(9, 1);
+  const auto settings = [](double entries, Settings more) {
+    more.insert(more.end(), {{"entries", entries}, {"validate", 0}});
+    return more;
+  };
+  const Exact exact(q, k, v), equal(q, same, v);
+  const Estimate own = gated(q, k, v, 0.9, settings(9, {{"gate", 0}}));
+  CHECK((own.log_mass - exact.log_mass).abs().maxCoeff() < 1e-9);
+  CHECK((own.value - exact.value).cwiseAbs().maxCoeff() < 1e-9);
+  const Estimate one_entry = gated(q, same, v, 0.9, settings(1, {{"gate", 0}}));
+  CHECK((one_entry.log_mass - equal.log_mass).abs().maxCoeff() < 1e-9);
+  CHECK((one_entry.value - equal.value).cwiseAbs().maxCoeff() < 1e-9);
+  const auto log_gate = [&](double largest, const Settings& more) {
+    return (gated(q, k, v, largest, settings(9, more)).log_mass - exact.log_mass).maxCoeff();
+  };
+  CHECK(log_gate(0.25, {}) == Approx(std::log(0.5)).margin(1e-9));
+  CHECK(log_gate(0.9, {}) == Approx(-std::log(1 + std::exp(12 * 0.65))).margin(1e-9));
+  CHECK(log_gate(0.9, {{"least_gate", 0.2}}) == Approx(std::log(0.2)).margin(1e-9));
+  CHECK(log_gate(0.5, {{"threshold", 0}, {"sharpness", 1e6}}) < -1e5);
+  CHECK((gated(q, k, v, 0.9, settings(0, {})).log_mass == -std::numeric_limits<double>::infinity()).all());
+}
+
+TEST_CASE("held-out queries decide how many entries there are, and whether any") {
+  std::mt19937 gen(12);
+  const int d = 8;
+  const auto numbers = [&](const PromptCut& cut) {
+    const auto compensator = make(clusters, d, d, {{"entries", 8}});
+    compensator->prompt(cut);
+    return compensator->state_bytes() / 4 / (2 * d + 1);
+  };
+  PromptCut cut{normal(128, d, 0.3F, gen), 1, normal(6, d, 1, gen), {}, normal(6, d, 1, gen), {}};
+  const MatF centres = normal(4, d, 2, gen), values = normal(4, d, 3, gen);
+  cut.evicted_k = centres.replicate(10, 1);
+  cut.evicted_v = values.replicate(10, 1);
+  for (Pos p = 0; p < 40; ++p) {
+    cut.evicted.push_back(p);
+  }
+  // Four kinds of token: four clusters leave no error, and no larger number lowers it further.
+  PromptCut four = cut;
+  four.evicted_k += normal(40, d, 1e-4F, gen);
+  CHECK(numbers(four) >= 4);
+  // Every token has the same value: plain eviction is right, and whatever helps nothing is off.
+  PromptCut same = cut;
+  same.evicted_v.setOnes();
+  same.retained_v.setOnes();
+  CHECK(numbers(same) == 0);
+  // Nothing to judge by.
+  PromptCut nothing = cut;
+  nothing.evicted_k.resize(0, d);
+  nothing.evicted_v.resize(0, d);
+  nothing.evicted.clear();
+  CHECK(numbers(nothing) == 8);
+}
+
+TEST_CASE("entries are a share of the budget, and cost two vectors and a count each") {
+  const std::shared_ptr<void> config = clusters.config();
+  SetShape shape;
+  shape.head_dim = 128;
+  shape.v_head_dim = 64;
+  for (const int budget : {1, 100, 1024}) {
+    shape.budget = budget;
+    CHECK(clusters.compensate(config.get(), shape)->state_bytes() == 4.0 * (budget / 5) * (128 + 64 + 1));
+  }
 }
 
 }  // namespace
