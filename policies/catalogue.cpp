@@ -9,7 +9,7 @@ namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
-extern const PartInfo atoms, linear, clusters;
+extern const PartInfo atoms, linear, clusters, grkv, match_keys, matching, sample, inverse_chance;
 
 namespace {
 
@@ -28,6 +28,8 @@ constexpr const PartInfo* kParts[] = {
     &given,
     &oracle_mass,
     &oracle_greedy,
+    &match_keys,
+    &sample,
     // read
     &quest,
     &topk,
@@ -37,6 +39,9 @@ constexpr const PartInfo* kParts[] = {
     &pyramid,
     // rewrite
     &kivi,
+    &grkv,
+    &matching,
+    &inverse_chance,
     // compensate
     &none,
     &mean,
@@ -63,6 +68,13 @@ constexpr Preset kPresets[] = {
      "ranks alike"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
+    {"attention-matching", "match_keys+matching",
+     "Attention Matching: the most attended keys, with biases and values fitted to what the whole prompt gave",
+     "arXiv:2602.16284",
+     "the same budget for all heads, where the paper learns one per head; omp: choice=omp,least=-27.6,matching.most=7"},
+    {"hajek", "sample+inverse_chance",
+     "tokens sampled by attention and weighed by one over their chances, so that sums are right on average",
+     "arXiv:2607.21475", "both parts must be given the same sink, window and obs_window, each by its part's name"},
     {"reskv", "snapkv+clusters",
      "ResKV: clusters of the evicted keys as more entries of the softmax, gated by sharpness and validated",
      "arXiv:2607.29591", "as the part clusters says"},

@@ -118,7 +118,13 @@ class FakeView final : public Cache {
     }
   }
   void head_attention(int lane, int head, std::span<float> out) const override {
-    const Eigen::VectorXd a = softmax(lane, now, head, slots_);
+    Eigen::VectorXd a(static_cast<Eigen::Index>(out.size()));
+    for (int i = 0; i < static_cast<int>(out.size()); ++i) {  // of the slots as stored now
+      a[i] = lanes[at(lane)].q.row(now * n_heads + head).cast<double>().dot(key(lane, i).cast<double>()) +
+             static_cast<double>(bias(lane, i));
+    }
+    a = (a.array() - a.maxCoeff()).exp();
+    a /= a.sum();
     for (std::size_t i = 0; i < out.size(); ++i) {
       out[i] = static_cast<float>(a[static_cast<Eigen::Index>(i)]);
     }
@@ -148,18 +154,23 @@ class FakeView final : public Cache {
     return mass;
   }
 
-  float bias(int, int) const override { return 0; }
+  float bias(int lane, int slot) const override {
+    const Stored* own = find(lane, slot);
+    return own != nullptr ? own->bias : 0;
+  }
   double bytes(int lane, int slot) const override {
     const Stored* own = find(lane, slot);
     return own != nullptr ? own->bytes : 2.0 * (head_dim + v_head_dim);
   }
-  void rewrite(int lane, int slot, const Eigen::VectorXf& k, const Eigen::VectorXf& v, float, double b) override {
-    stored_[{lane, pos[at(slot)]}] = {k, v, b};
+  void rewrite(int lane, int slot, const Eigen::VectorXf& k, const Eigen::VectorXf& v, float new_bias,
+               double new_bytes) override {
+    stored_[{lane, pos[at(slot)]}] = {k, v, new_bias, new_bytes};
   }
 
  private:
   struct Stored {
     Eigen::VectorXf k, v;
+    float bias;
     double bytes;
   };
   static std::size_t at(int i) { return static_cast<std::size_t>(i); }
