@@ -11,7 +11,8 @@ extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian, morphkv,
     rpc, longflow, vatp, scissorhands, expected, infinipot, gkv, rkv, scope, lazyeviction, raas, merging, cam, d2o,
     keepkv, lookm, selkv, selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv, whitelist, fair,
-    surface_logic, headkv, turboquant, polarquant, tada, sals_score, sals_store;
+    surface_logic, headkv, turboquant, polarquant, tada, sals_score, sals_store, atoms, linear, clusters, grkv,
+    match_keys, matching, sample, inverse_chance;
 
 namespace {
 
@@ -45,6 +46,8 @@ constexpr const PartInfo* kParts[] = {
     &selkv_score,
     &kvmerger_sets,
     &zsmerge_slots,
+    &match_keys,
+    &sample,
     // read
     &quest,
     &topk,
@@ -72,11 +75,17 @@ constexpr const PartInfo* kParts[] = {
     &polarquant,
     &tada,
     &sals_store,
+    &grkv,
+    &matching,
+    &inverse_chance,
     // compensate
     &none,
     &mean,
     &moments,
     &gaussian,
+    &atoms,
+    &linear,
+    &clusters,
 };
 
 constexpr Preset kPresets[] = {
@@ -153,6 +162,16 @@ constexpr Preset kPresets[] = {
      "parts say"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
+    {"attention-matching", "match_keys+matching",
+     "Attention Matching: the most attended keys, with biases and values fitted to what the whole prompt gave",
+     "arXiv:2602.16284",
+     "the same budget for all heads, where the paper learns one per head; omp: choice=omp,least=-27.6,matching.most=7"},
+    {"hajek", "sample+inverse_chance",
+     "tokens sampled by attention and weighed by one over their chances, so that sums are right on average",
+     "arXiv:2607.21475", "both parts must be given the same sink, window and obs_window, each by its part's name"},
+    {"reskv", "snapkv+clusters",
+     "ResKV: clusters of the evicted keys as more entries of the softmax, gated by sharpness and validated",
+     "arXiv:2607.29591", "as the part clusters says"},
 };
 
 constexpr std::string_view kScopes[] = {"kv_head", "layer", "query_head"};

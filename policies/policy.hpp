@@ -211,6 +211,7 @@ class Allocator {
 struct Loss {
   int step;  // of the block: the first that misses the token; the next block's first at most
   const float *k, *v;
+  Pos pos = 0;  // of the token
 };
 struct Estimate {
   Eigen::ArrayXd log_mass;  // (rows) ln of the estimated evicted mass with unshifted logits; -inf: nothing to add
@@ -231,6 +232,7 @@ struct PromptCut {
   int n_heads;
   MatF retained_k, evicted_k;  // (tokens, head_dim)
   MatF retained_v, evicted_v;  // (tokens, v_head_dim)
+  std::vector<Pos> evicted = {};  // positions of the evicted
 };
 struct MomentNeeds;
 class Compensator {
