@@ -5,7 +5,6 @@
 #include "policies/part.hpp"
 #include "policies/protect.hpp"
 #include "policies/value_norms.hpp"
-#include "policies/votes.hpp"
 
 namespace kvreplay {
 namespace {
@@ -83,7 +82,8 @@ class Expected final : public Selector {
   void observe(const View& view) override { norms_.meet(view); }
 
   void score(const View& view, std::span<float> out) override {
-    const Eigen::Index n_sinks = slots_older_than(view, sink_), n = static_cast<Eigen::Index>(out.size()) - n_sinks;
+    const Eigen::Index n_sinks = std::lower_bound(view.pos.begin(), view.pos.end(), sink_) - view.pos.begin();
+    const Eigen::Index n = static_cast<Eigen::Index>(out.size()) - n_sinks;
     const bool as_kvpress = !view.at_prefill() && config_.decode_mode == Buffer::kvpress;
     const int n_queries = view.at_prefill() ? view.now + 1
                           : as_kvpress      ? std::min(view.now - last_event_, config_.buffer + 1)
@@ -171,8 +171,10 @@ class Expected final : public Selector {
   // Keys from slot `from` on, turned back by the mean of the next rotations: per pair a turn by the middle angle that
   // shrinks by sin(future a / 2) / (future sin(a / 2)), a the angle of one position. (n, head_dim)
   MatD averaged_keys(const View& view, int lane, Eigen::Index from, int first_position) const {
-    const auto n_slots = static_cast<Eigen::Index>(view.pos.size());
-    MatD keys = first_keys(view, lane, n_slots).bottomRows(n_slots - from).cast<double>();
+    MatD keys(static_cast<Eigen::Index>(view.pos.size()) - from, view.head_dim);
+    for (Eigen::Index i = 0; i < keys.rows(); ++i) {
+      keys.row(i) = view.key(lane, static_cast<int>(from + i)).transpose().cast<double>();
+    }
     for (int i = 0; i < static_cast<int>(rotation_.inv_freq.size()); ++i) {
       const double angle = rotation_.inv_freq[static_cast<std::size_t>(i)], half = std::sin(angle / 2);
       const double shrink = std::abs(half) < 1e-12 ? 1 : std::sin(config_.future * angle / 2) / (config_.future * half);

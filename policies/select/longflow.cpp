@@ -1,9 +1,8 @@
 // LongFlow: drop the token whose weighted value is smallest for the current query, one set for all heads of a layer.
-#include "policies/column_mass.hpp"
+#include "policies/last_queries.hpp"
 #include "policies/part.hpp"
 #include "policies/protect.hpp"
 #include "policies/value_norms.hpp"
-#include "policies/votes.hpp"
 
 namespace kvreplay {
 namespace {
@@ -34,7 +33,7 @@ class LongFlow final : public Selector {
   static Needs needs(const Config& c) {
     return {.prompt_queries = c.obs_window.percent ? Needs::kAll : c.obs_window.of(0)};
   }
-  static void check(const Config& c, int) { check_odd_kernel(kName, c.kernel); }
+  static void check(const Config& c, int) { check_kernel(kName, c.kernel); }
 
   LongFlow(const Config& config, const SetShape& shape)
       : kernel_(config.kernel),
@@ -70,8 +69,8 @@ class LongFlow final : public Selector {
   void score_prompt(const View& view, std::span<float> out) const {
     const int voters = std::min<int>(obs_window_, view.prompt_len);
     const Eigen::RowVectorXd mass = reduce_heads(view.group, column_mass_of_set(view, voters));
-    const Eigen::Index n = slots_older_than(view, view.now - obs_window_ + 1);  // the voters' own columns are gone
-    const Eigen::RowVectorXd votes = pooled_mean(mass.head(n), kernel_);
+    const Eigen::Index n = slots_before(view, obs_window_);  // the voters' own columns are gone
+    const Eigen::RowVectorXd votes = pool_neighbours(mass.head(n), Pooling::avg, kernel_);
     std::fill(out.begin(), out.end(), n > 0 ? static_cast<float>(votes.maxCoeff()) + 1 : 0.0F);
     std::transform(votes.begin(), votes.end(), out.begin(), [](double x) { return static_cast<float>(x); });
     protect(view, 0, obs_window_, out);

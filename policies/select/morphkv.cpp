@@ -1,7 +1,7 @@
 // MorphKV: the latest tokens, and the older ones that the queries just before the current one attend most.
+#include "policies/last_queries.hpp"
 #include "policies/part.hpp"
 #include "policies/protect.hpp"
-#include "policies/votes.hpp"
 
 namespace kvreplay {
 namespace {
@@ -67,14 +67,15 @@ class MorphKv final : public Selector {
     const Pos now = view.at_prefill() ? view.now + 1 : view.now;  // of the step whose attention this eviction precedes
     const Pos last = now - 1;
     const Pos first = std::min(last, std::max(first_voter_, now - obs_window_ + (config_.skip_oldest ? 1 : 0)));
-    const Eigen::Index n = slots_older_than(view, now - obs_window_);
+    const int window = obs_window_ + (view.at_prefill() ? 0 : 1);
+    const Eigen::Index n = slots_before(view, window);
     Eigen::ArrayXf votes = Eigen::ArrayXf::Zero(n);
     if (n > 0) {
       count_votes(view, first, last, votes);
     }
     std::fill(out.begin(), out.end(), n > 0 ? votes.maxCoeff() + 1 : 0.0F);
     std::copy(votes.begin(), votes.end(), out.begin());
-    protect(view, 0, obs_window_ + (view.at_prefill() ? 0 : 1), out);
+    protect(view, 0, window, out);
   }
 
   void evicted(const View& view, std::span<const int> slots) override {

@@ -1,8 +1,6 @@
 // RPC: after every P decode tokens the latest queries compress the reasoning so far; what stays grows by P / ratio.
-#include "policies/column_mass.hpp"
+#include "policies/last_queries.hpp"
 #include "policies/part.hpp"
-#include "policies/protect.hpp"
-#include "policies/votes.hpp"
 
 namespace kvreplay {
 namespace {
@@ -35,7 +33,7 @@ class Rpc final : public Selector {
   static Needs needs(const Config& c) {
     return {.prompt_queries = c.obs_window.percent ? Needs::kAll : c.obs_window.of(0)};
   }
-  static void check(const Config& c, int) { check_odd_kernel(kName, c.kernel); }
+  static void check(const Config& c, int) { check_kernel(kName, c.kernel); }
 
   Rpc(const Config& config, const SetShape& shape)
       : config_(config), obs_window_(std::max(1, config.obs_window.of(shape.budget))) {}
@@ -48,21 +46,16 @@ class Rpc final : public Selector {
   void score(const View& view, std::span<float> out) override {
     const auto n = static_cast<Eigen::Index>(out.size()) - window(view);
     const bool repeat = config_.repeat_newest && window(view) > 1;
-    MatD votes(view.n_lanes * view.n_heads, n);
+    MatD votes = MatD::Zero(view.n_lanes * view.n_heads, n);
     for (int lane = 0; lane < view.n_lanes; ++lane) {
-      const MatF q = view.queries(lane, window(view) - (repeat ? 1 : 0));
-      MatF attn = q * first_keys(view, lane, n).transpose();  // (voters * n_heads, n)
-      softmax_rows(attn);
-      for (int h = 0; h < view.n_heads; ++h) {
-        auto sum = votes.row(lane * view.n_heads + h);
-        sum.setZero();
-        for (Eigen::Index r = h; r < attn.rows(); r += view.n_heads) {
-          const bool newest = r + view.n_heads >= attn.rows();
-          sum += (newest && repeat ? 2 : 1) * attn.row(r).cast<double>();
-        }
+      const MatF logits = last_logits(view, lane, window(view) - (repeat ? 1 : 0), n);
+      for (Eigen::Index r = 0; n > 0 && r < logits.rows(); ++r) {
+        const Eigen::RowVectorXd attn = (logits.row(r).array() - logits.row(r).maxCoeff()).exp().cast<double>();
+        const bool newest = r + view.n_heads >= logits.rows();
+        votes.row(lane * view.n_heads + r % view.n_heads) += (newest && repeat ? 2 : 1) / attn.sum() * attn;
       }
     }
-    const Eigen::RowVectorXd s = pooled_mean(reduce_heads(view.group, votes), config_.kernel);
+    const Eigen::RowVectorXd s = pool_neighbours(reduce_heads(view.group, votes), Pooling::avg, config_.kernel);
     std::fill(out.begin(), out.end(), std::numeric_limits<float>::infinity());
     std::transform(s.begin(), s.end(), out.begin(), [](double x) { return static_cast<float>(x); });
   }

@@ -1,7 +1,6 @@
 // Scissorhands: drop, many at once, the tokens that got less than an average token's attention most often of late.
-#include "policies/column_mass.hpp"
+#include "policies/last_queries.hpp"
 #include "policies/part.hpp"
-#include "policies/votes.hpp"
 
 namespace kvreplay {
 namespace {
@@ -42,25 +41,32 @@ class Scissorhands final : public Selector {
         count_(static_cast<std::size_t>(shape.n_tokens), 0) {}
 
   void prefill(const View& view) override {
-    const int heads = view.n_heads, n = static_cast<int>(view.pos.size());
-    const int voters = std::min(history_, n);
-    MatF sum = MatF::Zero(voters, n);  // attention reduced over heads
+    const int n = static_cast<int>(view.pos.size()), voters = std::min(history_, n);
+    std::vector<MatF> q, k, attn(static_cast<std::size_t>(view.n_lanes));  // per lane
     for (int lane = 0; lane < view.n_lanes; ++lane) {
-      const MatF q = view.queries(lane, voters);
-      const MatF logits = q * first_keys(view, lane, n).transpose();
-      for (Eigen::Index r = 0; r < logits.rows(); ++r) {
-        const Eigen::Index voter = r / heads;
-        MatF attn = logits.row(r).head(n - voters + voter + 1);
-        softmax_rows(attn);
-        auto total = sum.row(voter).head(attn.cols());
-        total = view.group == Reduce::max ? total.cwiseMax(attn).eval() : (total + attn).eval();
+      q.push_back(view.queries(lane, voters));
+      k.emplace_back(n, view.head_dim);
+      for (int i = 0; i < n; ++i) {
+        k.back().row(i) = view.key(lane, i).transpose();
       }
     }
-    const float share = view.group == Reduce::mean ? 1.0F / static_cast<float>(heads * view.n_lanes) : 1.0F;
-    for (int v = 0; v < voters; ++v) {
-      const Pos voter = view.now - voters + 1 + v;
-      for (Pos p = 0; p <= voter; ++p) {
-        note(p, voter, sum(v, p) * share);
+    constexpr int kAtOnce = 16;  // voters, for the memory's sake
+    for (int begin = 0; begin < voters; begin += kAtOnce) {
+      const int rows = std::min(kAtOnce, voters - begin) * view.n_heads;
+      const Pos first = view.now + 1 - voters + begin;
+      for (std::size_t lane = 0; lane < attn.size(); ++lane) {
+        attn[lane] = q[lane].middleRows(begin * view.n_heads, rows) * k[lane].transpose();
+        for (int r = 0; r < rows; ++r) {
+          auto past = attn[lane].row(r).head(first + r / view.n_heads + 1).array();
+          past = (past - past.maxCoeff()).exp();
+          past /= past.sum();
+        }
+      }
+      const MatD reduced = reduce_voters(view, attn);  // (voters at once, prompt_len)
+      for (Pos voter = first; voter < first + static_cast<Pos>(reduced.rows()); ++voter) {
+        for (Pos p = 0; p <= voter; ++p) {
+          note(p, voter, static_cast<float>(reduced(voter - first, p)));
+        }
       }
     }
   }
