@@ -46,6 +46,14 @@ class NpyFile {
         digits = false;
       }
     }
+    file_.seekg(0, std::ios::end);
+    auto room = static_cast<std::size_t>(file_.tellg() - begin_) / static_cast<std::size_t>(size_);
+    for (const Eigen::Index n : shape_) {  // a shape beyond the file allocates nothing
+      room = n == 0 ? room : room / static_cast<std::size_t>(n);
+    }
+    if (room == 0) {
+      throw ConfigError(path + " ends before its last number");
+    }
   }
 
   const std::vector<Eigen::Index>& shape() const { return shape_; }

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "policies/errors.hpp"
+#include "policies/npy.hpp"
 #include "policies/policy.hpp"
 
 namespace kvreplay {
@@ -44,6 +46,30 @@ inline MatF leading_directions(const MatF& rows, int rank) {
   }
   return u.cast<float>();
 }
+
+// The first `rank` directions of one layer that were found elsewhere, for example in other traces of the model:
+// "{layer}" in the path stands for the layer's number.
+inline MatF directions_from(std::string path, const SetShape& shape, int rank) {
+  constexpr std::string_view kLayer = "{layer}";
+  if (const std::size_t at = path.find(kLayer); at != std::string::npos) {
+    path.replace(at, kLayer.size(), std::to_string(shape.layer));
+  }
+  NpyFile file(path);
+  const int dim = shape.n_lanes * shape.head_dim;
+  if (file.shape().size() != 2 || file.shape()[0] != dim || file.shape()[1] < rank) {
+    throw ConfigError(path + " has the shape " + file.shape_text() + "; needed are n_kv_heads * head_dim = " +
+                      std::to_string(dim) + " rows and at least " + std::to_string(rank) + " columns");
+  }
+  const MatF u = file.read(0, dim, file.shape()[1]).leftCols(rank).cast<float>();
+  if (!(u.transpose() * u).isIdentity(1e-3F)) {
+    throw ConfigError(path + ": its columns are not orthonormal");
+  }
+  return u;
+}
+inline constexpr std::string_view kCalibrationDoc =
+    "file of the directions, (n_kv_heads * head_dim, rank or more) orthonormal columns as numpy.save writes them, "
+    "{layer} in its name standing for the layer; made from other traces, or from all of this one as an oracle; none: "
+    "from the prompt";
 
 // Numbers of a share of the joint vector, at least one.
 inline int rank_of(double share, int dim) { return std::clamp(static_cast<int>(std::lround(share * dim)), 1, dim); }

@@ -24,6 +24,7 @@ class SalsScore final : public Reader {
     int dense_first = 2;
     int dense_last = 1;
     bool own_latent = true;
+    std::string calibration;
   };
   static constexpr std::string_view kName = "sals_score";
   static constexpr std::string_view kSummary =
@@ -47,6 +48,7 @@ class SalsScore final : public Reader {
       number<&Config::dense_first>("dense_first", 0, 4096, "first layers of the model, read in full"),
       number<&Config::dense_last>("dense_last", 0, 4096, "last layers of the model, read in full"),
       flag<&Config::own_latent>("own_latent", "what is scored lies beside the keys; false where sals_store keeps it"),
+      text<&Config::calibration>("calibration", kCalibrationDoc),
   };
   static Needs needs(const Config&) {
     Needs n;
@@ -56,6 +58,10 @@ class SalsScore final : public Reader {
 
   // What was written must fit; the defaults shrink, the window first.
   static void check(const Config& c, int budget) {
+    if (c.score == Score::exact && !c.calibration.empty()) {
+      throw ConfigError("sals_score: calibration=" + c.calibration +
+                        " is for score=shared; score=exact finds its directions in the prompt");
+    }
     const Config usual;
     const auto written = [&](const Tokens& t, const Tokens& by_default) {
       return t.value == by_default.value && t.percent == by_default.percent ? 0 : t.of(budget);
@@ -77,13 +83,21 @@ class SalsScore final : public Reader {
         window_(std::min(config.window.of(shape.budget), n_read_ - sink_)),
         rank_(std::max(1, static_cast<int>(std::lround(config.scoring_rank *
                                                        rank_of(config.rank, shape.n_lanes * shape.head_dim))))),
-        number_bytes_(static_cast<double>(shape.element_bytes) / shape.n_lanes) {}
+        number_bytes_(static_cast<double>(shape.element_bytes) / shape.n_lanes) {
+    if (!dense_ && !config.calibration.empty()) {
+      basis_ = directions_from(config.calibration, shape, rank_);
+    }
+  }
 
   void prefill(const View& view) override {
-    if (!dense_) {
+    if (dense_) {
+      return;
+    }
+    if (config_.calibration.empty()) {
       const MatF k = joint_keys(view, all_slots(view), undo());
       basis_ = config_.score == Score::shared ? leading_directions(k, rank_) : directions_by_frequency(view, k);
     }
+    meet(view);
   }
 
   void choose(const View& view, int, int, std::vector<int>& slots) override {
@@ -134,21 +148,12 @@ class SalsScore final : public Reader {
     chosen_.erase(last, chosen_.end());
   }
 
-  // Latents of what arrived, and of what was rewritten, since the last step.
+  // Latents of what arrived since the last time. They stay as they are, whatever a rewriter makes of the keys: of a
+  // key that sals_store rebuilds they are the leading numbers.
   void meet(const View& view) {
-    std::vector<int> slots;
-    for (const Pos p : view.rewritten) {
-      const auto it = std::lower_bound(view.pos.begin(), view.pos.end(), p);
-      if (p <= newest_ && it != view.pos.end() && *it == p) {
-        slots.push_back(static_cast<int>(it - view.pos.begin()));
-      }
-    }
-    std::sort(slots.begin(), slots.end());
-    slots.erase(std::unique(slots.begin(), slots.end()), slots.end());
-    const auto arrived = std::upper_bound(view.pos.begin(), view.pos.end(), newest_) - view.pos.begin();
-    for (int i = static_cast<int>(arrived); i < static_cast<int>(view.pos.size()); ++i) {
-      slots.push_back(i);
-    }
+    const auto first = std::upper_bound(view.pos.begin(), view.pos.end(), newest_) - view.pos.begin();
+    std::vector<int> slots(view.pos.size() - static_cast<std::size_t>(first));
+    std::iota(slots.begin(), slots.end(), static_cast<int>(first));
     newest_ = view.pos.back();
     if (latent_.rows() <= newest_) {
       latent_.conservativeResize(std::max<Eigen::Index>(newest_ + 1, 2 * latent_.rows()), basis_.cols());

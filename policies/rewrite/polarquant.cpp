@@ -13,28 +13,28 @@ namespace {
 
 enum class Codebook { gaussian, kmeans };
 constexpr std::string_view kCodebooks[] = {"gaussian", "kmeans"};
-constexpr float kTurn = 2 * std::numbers::pi_v<float>;
+constexpr double kTurn = 2 * std::numbers::pi;
 
 // One level's angles and their cosines and sines.
 struct Angles {
-  std::vector<float> angle;
-  float period = 0;
+  std::vector<double> angle;
+  double period = 0;
 
-  int nearest(float x) const { return nearest_level(angle, x, period); }
+  int nearest(double x) const { return nearest_level(angle, x, period); }
   // k-means in one dimension from these angles on. On a circle an angle counts from its centre, the short way round.
-  void fit(const std::vector<float>& data, int iterations) {
+  void fit(const std::vector<double>& data, int iterations) {
     for (int n = 0; n < iterations; ++n) {
       std::vector<double> sum(angle.size()), count(angle.size());
-      for (float x : data) {
+      for (double x : data) {
         const auto i = static_cast<std::size_t>(nearest(x));
-        const float off = x - angle[i];
-        sum[i] += static_cast<double>(period > 0 ? off - period * std::rint(off / period) : off);
+        const double off = x - angle[i];
+        sum[i] += period > 0 ? off - period * std::rint(off / period) : off;
         count[i] += 1;
       }
-      std::vector<float> moved = angle;
+      std::vector<double> moved = angle;
       for (std::size_t i = 0; i < angle.size(); ++i) {
         if (count[i] > 0) {
-          moved[i] += static_cast<float>(sum[i] / count[i]);
+          moved[i] += sum[i] / count[i];
           moved[i] -= period > 0 ? period * std::floor(moved[i] / period) : 0;
         }
       }
@@ -52,7 +52,7 @@ Angles gaussian_angles(int level, int bits) {
   if (level == 0) {
     Angles a{{}, kTurn};
     for (int i = 0; i < 1 << bits; ++i) {
-      a.angle.push_back(kTurn * (static_cast<float>(i) + 0.5F) / static_cast<float>(1 << bits));
+      a.angle.push_back(kTurn * (i + 0.5) / (1 << bits));
     }
     return a;
   }
@@ -130,7 +130,7 @@ class PolarQuant final : public Rewriter {
 
  private:
   struct Side {     // keys or values
-    MatF rotation;  // (dim, dim)
+    MatD rotation;  // (dim, dim)
     std::vector<Angles> levels;
     double bytes = 0;
     bool fitted = false;
@@ -138,7 +138,7 @@ class PolarQuant final : public Rewriter {
 
   Side make_side(int dim, std::uint64_t seed) const {
     Side s;
-    s.rotation = config_.rotate ? random_rotation(dim, seed) : MatF(MatF::Identity(dim, dim));
+    s.rotation = config_.rotate ? random_rotation(dim, seed) : MatD(MatD::Identity(dim, dim));
     double bits = 0;
     int n = dim;
     for (int level = 0; level < config_.levels && n % 2 == 0; ++level) {
@@ -153,13 +153,13 @@ class PolarQuant final : public Rewriter {
 
   // Pairs of (radii) become (radii / 2), and `see` says what becomes of an angle.
   template <class See>
-  static void to_polar(Eigen::Ref<Eigen::RowVectorXf> radii, int n_levels, See see) {
+  static void to_polar(Eigen::Ref<Eigen::RowVectorXd> radii, int n_levels, See see) {
     Eigen::Index n = radii.size();
     for (int level = 0; level < n_levels; ++level) {
       n /= 2;
       for (Eigen::Index j = 0; j < n; ++j) {
-        const float x = radii[2 * j], y = radii[2 * j + 1];
-        float angle = std::atan2(y, x);
+        const double x = radii[2 * j], y = radii[2 * j + 1];
+        double angle = std::atan2(y, x);
         if (angle < 0) {
           angle += kTurn;
         }
@@ -169,17 +169,19 @@ class PolarQuant final : public Rewriter {
     }
   }
 
+  // In double, so that nothing but the numbers decides what is nearest.
   void encode(std::vector<MatF>& lanes, Side& side) const {
     const int n_levels = static_cast<int>(side.levels.size());
-    for (MatF& x : lanes) {
-      x *= side.rotation;
+    std::vector<MatD> turned;
+    for (const MatF& x : lanes) {
+      turned.emplace_back(x.cast<double>() * side.rotation);
     }
     if (config_.codebook == Codebook::kmeans && !side.fitted) {
       side.fitted = true;
-      std::vector<std::vector<float>> seen(side.levels.size());
-      for (MatF x : lanes) {
+      std::vector<std::vector<double>> seen(side.levels.size());
+      for (MatD x : turned) {
         for (Eigen::Index r = 0; r < x.rows(); ++r) {
-          to_polar(x.row(r), n_levels, [&](int level, Eigen::Index, float angle) {
+          to_polar(x.row(r), n_levels, [&](int level, Eigen::Index, double angle) {
             seen[static_cast<std::size_t>(level)].push_back(angle);
           });
         }
@@ -188,27 +190,28 @@ class PolarQuant final : public Rewriter {
         side.levels[level].fit(seen[level], config_.iterations);
       }
     }
-    for (MatF& x : lanes) {
+    for (std::size_t lane = 0; lane < lanes.size(); ++lane) {
+      MatD& x = turned[lane];
       std::vector<std::vector<int>> code(side.levels.size(), std::vector<int>(static_cast<std::size_t>(x.cols())));
       for (Eigen::Index r = 0; r < x.rows(); ++r) {
         auto radii = x.row(r);
-        to_polar(radii, n_levels, [&](int level, Eigen::Index j, float angle) {
+        to_polar(radii, n_levels, [&](int level, Eigen::Index j, double angle) {
           code[static_cast<std::size_t>(level)][static_cast<std::size_t>(j)] =
               side.levels[static_cast<std::size_t>(level)].nearest(angle);
         });
         Eigen::Index n = x.cols() >> n_levels;
-        radii.head(n) = radii.head(n).unaryExpr(&to_half).eval();
+        radii.head(n) = radii.head(n).unaryExpr([](double radius) { return to_half(radius); }).eval();
         for (std::size_t level = side.levels.size(); level-- > 0; n *= 2) {
           for (Eigen::Index j = n; j-- > 0;) {
-            const float radius = radii[j];
-            const float angle =
+            const double radius = radii[j];
+            const double angle =
                 side.levels[level].angle[static_cast<std::size_t>(code[level][static_cast<std::size_t>(j)])];
             radii[2 * j] = radius * std::cos(angle);
             radii[2 * j + 1] = radius * std::sin(angle);
           }
         }
       }
-      x *= side.rotation.transpose();
+      lanes[lane] = (x * side.rotation.transpose()).cast<float>();
     }
   }
 

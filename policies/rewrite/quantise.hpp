@@ -9,10 +9,14 @@
 namespace kvreplay {
 
 // The nearest half-precision number; the largest where there is none.
-inline float to_half(float x) {
-  constexpr float kLargest = 65504;
-  return static_cast<float>(Eigen::half(std::clamp(x, -kLargest, kLargest)));
+inline double to_half(double x) {
+  constexpr double kLargest = 65504;
+  constexpr int kBits = 10, kLeastExponent = -14;
+  x = std::clamp(x, -kLargest, kLargest);
+  const double unit = std::ldexp(1.0, std::max(x == 0 ? kLeastExponent : std::ilogb(x), kLeastExponent) - kBits);
+  return std::clamp(std::nearbyint(x / unit) * unit, -kLargest, kLargest);
 }
+inline float to_half(float x) { return static_cast<float>(to_half(static_cast<double>(x))); }
 
 struct Quantiser {
   int bits = 2;

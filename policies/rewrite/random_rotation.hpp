@@ -20,7 +20,7 @@ inline MatD gaussian_matrix(int dim, std::uint64_t seed, int stream) {
 }
 
 // Uniform over all rotations and reflections: Q of a Gaussian matrix = Q R with a positive diagonal of R.
-inline MatF random_rotation(int dim, std::uint64_t seed) {
+inline MatD random_rotation(int dim, std::uint64_t seed) {
   const Eigen::HouseholderQR<MatD> qr(gaussian_matrix(dim, seed, 0));
   MatD q = qr.householderQ();
   for (int i = 0; i < dim; ++i) {
@@ -28,18 +28,18 @@ inline MatF random_rotation(int dim, std::uint64_t seed) {
       q.col(i) *= -1;
     }
   }
-  return q.cast<float>();
+  return q;
 }
 
 // Walsh-Hadamard transform after random signs, in blocks of the largest power of two that divides dim.
-inline MatF random_hadamard(int dim, std::uint64_t seed) {
+inline MatD random_hadamard(int dim, std::uint64_t seed) {
   const int block = dim & -dim;
-  MatF h = MatF::Zero(dim, dim);
+  MatD h = MatD::Zero(dim, dim);
   for (int i = 0; i < dim; ++i) {
     for (int j = i / block * block; j < (i / block + 1) * block; ++j) {
       const bool odd = __builtin_popcount(static_cast<unsigned>(i % block & j % block)) % 2 != 0;
       const bool flipped = uniform_at(seed, 2, dim, j) < 0.5;
-      h(i, j) = (odd == flipped ? 1.0F : -1.0F) / std::sqrt(static_cast<float>(block));
+      h(i, j) = (odd == flipped ? 1 : -1) / std::sqrt(static_cast<double>(block));
     }
   }
   return h;

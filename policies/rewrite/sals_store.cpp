@@ -24,6 +24,7 @@ class SalsStore final : public Rewriter {
     int dense_first = 2;
     int dense_last = 1;
     What what = What::both;
+    std::string calibration;
   };
   static constexpr std::string_view kName = "sals_store";
   static constexpr std::string_view kSummary =
@@ -43,6 +44,7 @@ class SalsStore final : public Rewriter {
       number<&Config::dense_first>("dense_first", 0, 4096, "first layers of the model, stored as they are"),
       number<&Config::dense_last>("dense_last", 0, 4096, "last layers of the model, stored as they are"),
       choice<&Config::what>("what", kWhats, kWhatDoc),
+      text<&Config::calibration>("calibration", kCalibrationDoc),
   };
   static Needs needs(const Config&) {
     Needs n;
@@ -55,7 +57,11 @@ class SalsStore final : public Rewriter {
         shape_(shape),
         quantiser_{config.bits},
         dense_(is_dense_layer(shape, config.dense_first, config.dense_last)),
-        rotation_(shape.rotation) {}
+        rotation_(shape.rotation) {
+    if (!dense_ && !config.calibration.empty()) {
+      basis_ = directions_from(config.calibration, shape, rank_of(config.rank, shape.n_lanes * shape.head_dim));
+    }
+  }
 
   void step(Cache& cache) override {
     const int n = static_cast<int>(cache.pos.size()), begin = encoded_.slot(cache);

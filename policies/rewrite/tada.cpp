@@ -8,6 +8,7 @@ namespace kvreplay {
 namespace {
 
 enum class Centre { heads, tokens, none };
+constexpr auto kToHalf = [](double x) { return to_half(x); };
 constexpr std::string_view kCentres[] = {"heads", "tokens", "none"};
 
 class Tada final : public Rewriter {
@@ -81,21 +82,21 @@ class Tada final : public Rewriter {
   }
 
   void encode(std::vector<MatF>& lanes) const {
-    MatF mean = MatF::Zero(lanes[0].rows(), lanes[0].cols());
+    MatD mean = MatD::Zero(lanes[0].rows(), lanes[0].cols());
     if (config_.centre == Centre::heads) {
       for (const MatF& x : lanes) {
-        mean += x;
+        mean += x.cast<double>();
       }
-      mean = (mean / static_cast<float>(lanes.size())).unaryExpr(&to_half).eval();
+      mean = (mean / static_cast<double>(lanes.size())).unaryExpr(kToHalf).eval();
     }
     for (MatF& x : lanes) {
       if (config_.centre == Centre::tokens) {
-        mean.rowwise() = x.colwise().mean().unaryExpr(&to_half).eval();
+        mean.rowwise() = x.cast<double>().colwise().mean().unaryExpr(kToHalf).eval();
       }
       for (Eigen::Index r = 0; r < x.rows(); ++r) {
-        Eigen::VectorXf deviation = mean.row(r) - x.row(r);
+        Eigen::VectorXf deviation = (mean.row(r) - x.row(r).cast<double>()).cast<float>();
         quantiser_.apply(deviation, config_.group);
-        x.row(r) = mean.row(r) - deviation.transpose();
+        x.row(r) = (mean.row(r) - deviation.transpose().cast<double>()).cast<float>();
       }
     }
   }

@@ -18,11 +18,12 @@ constexpr std::string_view kRotates[] = {"gaussian", "hadamard"};
 enum class Version { mse, inner_product };
 constexpr std::string_view kVersions[] = {"mse", "inner_product"};
 constexpr int kMostBits = 5;
+constexpr auto kToHalf = [](double x) { return to_half(x); };
 
 // Levels for standard normal numbers: 2^bits of them.
-const std::vector<float>& normal_levels(int bits) {
+const std::vector<double>& normal_levels(int bits) {
   static const auto tables = [] {
-    std::array<std::vector<float>, kMostBits + 1> t;
+    std::array<std::vector<double>, kMostBits + 1> t;
     for (int b = 0; b <= kMostBits; ++b) {
       t[static_cast<std::size_t>(b)] = lloyd_max([](double x) { return std::exp(-x * x / 2); }, -8, 8, 1 << b);
     }
@@ -33,12 +34,12 @@ const std::vector<float>& normal_levels(int bits) {
 
 // Relative mean square error of these levels. Levels are means of what they stand for, so that this is 1 - E[level^2].
 double normal_error(int bits) {
-  const std::vector<float>& level = normal_levels(bits);
+  const std::vector<double>& level = normal_levels(bits);
   double power = 0, below = 0;
   for (std::size_t i = 0; i < level.size(); ++i) {
-    const double edge = i + 1 < level.size() ? static_cast<double>(level[i] + level[i + 1]) / 2 : 40;
+    const double edge = i + 1 < level.size() ? (level[i] + level[i + 1]) / 2 : 40;
     const double upto = std::erfc(-edge / std::numbers::sqrt2) / 2;
-    power += static_cast<double>(level[i]) * static_cast<double>(level[i]) * (upto - below);
+    power += level[i] * level[i] * (upto - below);
     below = upto;
   }
   return 1 - power;
@@ -57,33 +58,33 @@ class Codec {
       : s_(s),
         rotation_(s.rotate == Rotate::gaussian ? random_rotation(s.dim, s.seed) : random_hadamard(s.dim, s.seed)),
         levels_(normal_levels(level_bits())),
-        norm_(std::sqrt(static_cast<float>(s.dim))) {
+        norm_(std::sqrt(static_cast<double>(s.dim))) {
     if (s.sketch) {
-      sketch_ = gaussian_matrix(s.dim, s.seed, 1).cast<float>();
+      sketch_ = gaussian_matrix(s.dim, s.seed, 1);
     }
     if (s.rescale && level_bits() > 0) {
-      gain_ = static_cast<float>(1 / (1 - normal_error(level_bits())));
+      gain_ = 1 / (1 - normal_error(level_bits()));
     }
   }
 
-  // Rows are vectors: (n, dim).
-  void apply(MatF& x) const {
-    MatF decoded = MatF::Zero(x.rows(), x.cols());
+  // Rows are vectors: (n, dim). In double, so that nothing but the numbers decides what is nearest.
+  MatD decoded(MatD x) const {
+    MatD out = MatD::Zero(x.rows(), x.cols());
     if (level_bits() > 0) {
-      const Eigen::VectorXf norms = x.rowwise().stableNorm();
-      MatF y = x.array().colwise() * (norms.array() > 0).select(norm_ / norms.array(), 0.0F);
+      const Eigen::ArrayXd norms = x.rowwise().norm();
+      MatD y = x.array().colwise() * (norms > 0).select(norm_ / norms, 0.0);
       y *= rotation_.transpose();
-      y = y.unaryExpr([this](float c) { return levels_[static_cast<std::size_t>(nearest_level(levels_, c))]; });
-      decoded = (y * rotation_).array().colwise() * norms.unaryExpr(&to_half).array() * (gain_ / norm_);
+      y = y.unaryExpr([this](double c) { return levels_[static_cast<std::size_t>(nearest_level(levels_, c))]; });
+      out = (y * rotation_).array().colwise() * (norms.unaryExpr(kToHalf) * (gain_ / norm_));
     }
     if (s_.sketch) {
-      x -= decoded;
-      const Eigen::VectorXf norms = x.rowwise().stableNorm();
-      const MatF signs = (x * sketch_.transpose()).unaryExpr([](float c) { return c < 0 ? -1.0F : 1.0F; });
-      const float factor = std::sqrt(std::numbers::pi_v<float> / 2) / static_cast<float>(s_.dim);
-      decoded.array() += (signs * sketch_).array().colwise() * norms.unaryExpr(&to_half).array() * factor;
+      x -= out;
+      const Eigen::ArrayXd norms = x.rowwise().norm();
+      const MatD signs = (x * sketch_.transpose()).unaryExpr([](double c) { return c < 0 ? -1.0 : 1.0; });
+      const double factor = std::sqrt(std::numbers::pi / 2) / s_.dim;
+      out.array() += (signs * sketch_).array().colwise() * (norms.unaryExpr(kToHalf) * factor);
     }
-    x = decoded;
+    return out;
   }
   int dim() const { return s_.dim; }
   double bytes() const { return s_.dim * s_.bits / 8.0 + (level_bits() > 0 ? 2 : 0) + (s_.sketch ? 2 : 0); }
@@ -92,9 +93,9 @@ class Codec {
   int level_bits() const { return s_.bits - (s_.sketch ? 1 : 0); }
 
   Settings s_;
-  MatF rotation_, sketch_;     // (dim, dim)
-  std::vector<float> levels_;  // of coordinates times sqrt(dim)
-  float norm_, gain_ = 1;
+  MatD rotation_, sketch_;      // (dim, dim)
+  std::vector<double> levels_;  // of coordinates times sqrt(dim)
+  double norm_, gain_ = 1;
 };
 
 class TurboQuant final : public Rewriter {
@@ -204,9 +205,8 @@ class TurboQuant final : public Rewriter {
     }
     for (std::size_t p = 0; p < parts.size(); ++p) {
       if (codecs[p]) {
-        MatF part = x(Eigen::all, parts[p]);
-        codecs[p]->apply(part);
-        x(Eigen::all, parts[p]) = part;
+        const MatF part = x(Eigen::all, parts[p]);
+        x(Eigen::all, parts[p]) = codecs[p]->decoded(part.cast<double>()).cast<float>();
       }
     }
   }

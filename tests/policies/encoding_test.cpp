@@ -71,6 +71,14 @@ int n_changed(const FakeView& view, bool keys) {
 
 }  // namespace
 
+TEST_CASE("numbers round to half precision as they should", "[encoding]") {
+  for (const float x : {0.0F, 1.0F, -1.0F / 3, 1234.567F, 65519.0F, 1e-7F, 3e-8F, 6.1e-5F, 2049.0F, 2051.0F}) {
+    CHECK(to_half(x) == static_cast<float>(Eigen::half(x)));
+  }
+  CHECK(to_half(1e9) == 65504);
+  CHECK(to_half(1 + 0x1p-11 + 0x1p-40) == 1 + 0x1p-10);  // rounding to float first would lose it
+}
+
 TEST_CASE("min-max quantising of normal numbers errs as much as it should", "[encoding]") {
   CHECK(quantiser_mse({2}, 32) == Approx(0.1534).epsilon(0.01));
   CHECK(quantiser_mse({2}, 128) == Approx(0.2475).epsilon(0.02));
@@ -121,14 +129,14 @@ TEST_CASE("rounding noise raises a logit's exponential by as much as it should",
 }
 
 TEST_CASE("Lloyd-Max levels of normal numbers and of polar angles", "[encoding]") {
-  const auto check = [](const std::vector<float>& found, const std::vector<double>& expected, double margin = 6e-5) {
+  const auto check = [](const std::vector<double>& found, const std::vector<double>& expected, double margin = 6e-5) {
     REQUIRE(found.size() == expected.size());
     for (std::size_t i = 0; i < expected.size(); ++i) {
       CHECK(found[i] == Approx(expected[i]).margin(margin));
     }
   };
   const auto normal = [](double x) { return std::exp(-x * x / 2); };
-  const auto upper = [](std::vector<float> levels) {
+  const auto upper = [](std::vector<double> levels) {
     for (std::size_t i = 0; i < levels.size(); ++i) {
       CHECK(levels[i] == Approx(-levels[levels.size() - 1 - i]).margin(1e-6));
     }
@@ -147,32 +155,32 @@ TEST_CASE("Lloyd-Max levels of normal numbers and of polar angles", "[encoding]"
   check(polar(3), {.4260, .6741, .8962, 1.1444}, 3.5e-4);
   check(polar(7), {.5240, .7057, .8647, 1.0464}, 3.5e-4);
   for (const int power : {1, 3, 7}) {
-    const std::vector<float> levels = polar(power);
+    const std::vector<double> levels = polar(power);
     CHECK(levels[0] + levels[3] == Approx(std::numbers::pi / 2).margin(1e-6));
     CHECK(levels[1] + levels[2] == Approx(std::numbers::pi / 2).margin(1e-6));
   }
 }
 
 TEST_CASE("the nearest level, on a line and around a circle", "[encoding]") {
-  const std::vector<float> levels{0.5F, 2, 3};
+  const std::vector<double> levels{0.5, 2, 3};
   CHECK(nearest_level(levels, -9) == 0);
-  CHECK(nearest_level(levels, 1.2F) == 0);
-  CHECK(nearest_level(levels, 1.3F) == 1);
+  CHECK(nearest_level(levels, 1.2) == 0);
+  CHECK(nearest_level(levels, 1.3) == 1);
   CHECK(nearest_level(levels, 9) == 2);
-  CHECK(nearest_level(levels, 3.9F, 4) == 0);
-  CHECK(nearest_level(levels, 3.7F, 4) == 2);
-  CHECK(nearest_level({3, 3.9F}, 0.1F, 4) == 1);
+  CHECK(nearest_level(levels, 3.9, 4) == 0);
+  CHECK(nearest_level(levels, 3.7, 4) == 2);
+  CHECK(nearest_level({3, 3.9}, 0.1, 4) == 1);
 }
 
 TEST_CASE("random rotations keep lengths and are the same for the same seed", "[encoding]") {
   for (const int dim : {1, 12, 64, 96}) {
-    for (const MatF& m : {random_rotation(dim, 3), random_hadamard(dim, 3)}) {
-      CHECK((m * m.transpose() - MatF::Identity(dim, dim)).norm() < 1e-4F);
+    for (const MatD& m : {random_rotation(dim, 3), random_hadamard(dim, 3)}) {
+      CHECK((m * m.transpose() - MatD::Identity(dim, dim)).norm() < 1e-10);
     }
     CHECK(random_rotation(dim, 3) == random_rotation(dim, 3));
     CHECK(random_rotation(dim, 3) != random_rotation(dim, 4));
   }
-  CHECK((random_hadamard(64, 3).array().abs() - 0.125F).isZero(1e-6F));
+  CHECK((random_hadamard(64, 3).array().abs() - 0.125).isZero(1e-12));
 }
 
 TEST_CASE("turboquant's relative error is that of its levels", "[encoding]") {

@@ -2,6 +2,8 @@
 #include "policies/sals.hpp"
 
 #include <catch2/catch.hpp>
+#include <filesystem>
+#include <fstream>
 #include <set>
 
 #include "policies/method.hpp"
@@ -314,6 +316,42 @@ TEST_CASE("a complex direction holds at least as much as a real one, and that as
     CHECK(complex.head(n).sum() >= real.head(n).sum() * (1 - 1e-12));
     CHECK(real.head(n).sum() >= pair.head(n).sum() * (1 - 1e-12));
   }
+}
+
+TEST_CASE("directions found elsewhere come from a file", "[sals]") {
+  const std::string folder = std::filesystem::temp_directory_path() / "kvreplay_sals_test";
+  std::filesystem::create_directories(folder);
+  Bench b(120, 100, 16, 2, 2);
+  std::vector<int> slots(100);
+  std::iota(slots.begin(), slots.end(), 0);
+  const MatF u = leading_directions(joint_keys(b.view, slots, &b.rotation), 16);
+  const auto write = [&](const std::string& name, const std::string& header, const MatF& numbers) {
+    std::ofstream file(folder + "/" + name, std::ios::binary);
+    file << "\x93NUMPY" << '\x01' << '\0' << static_cast<char>(header.size()) << '\0' << header;
+    file.write(reinterpret_cast<const char*>(numbers.data()), 4 * numbers.size());
+  };
+  const std::string kind = "{'descr': '<f4', 'fortran_order': False, 'shape': ";
+  write("u5.npy", kind + "(32, 16), }\n", u);
+  const std::string keys = ":sink=2,window=3,budget=20,rank=0.5";
+  auto own = b.reader(keys), given = b.reader(keys + ",calibration=" + folder + "/u{layer}.npy");
+  own->prefill(b.view);
+  given->prefill(b.view);
+  for (int i = 0; i < 5; ++i) {
+    b.view.append();
+    CHECK(b.chosen(*own) == b.chosen(*given));
+  }
+  CHECK_NOTHROW(b.store(":calibration=" + folder + "/u{layer}.npy")->step(b.view));
+  CHECK_THROWS_WITH(b.reader(keys + ",calibration=" + folder + "/none.npy"), Catch::Contains("cannot be opened"));
+  CHECK_THROWS_WITH(b.store(":rank=1,calibration=" + folder + "/u5.npy"), Catch::Contains("at least 32 columns"));
+  write("bent.npy", kind + "(32, 16), }\n", 2 * u);
+  CHECK_THROWS_WITH(b.store(":calibration=" + folder + "/bent.npy"), Catch::Contains("orthonormal"));
+  write("short.npy", kind + "(32, 160), }\n", u);
+  CHECK_THROWS_WITH(b.store(":calibration=" + folder + "/short.npy"), Catch::Contains("ends before"));
+  write("line.npy", kind + "(512,), }\n", u);
+  CHECK_THROWS_WITH(b.store(":calibration=" + folder + "/line.npy"), Catch::Contains("matrix"));
+  write("turned.npy", "{'descr': '<f4', 'fortran_order': True, 'shape': (32, 16), }\n", u);
+  CHECK_THROWS_WITH(b.store(":calibration=" + folder + "/turned.npy"), Catch::Contains("Fortran"));
+  std::filesystem::remove_all(folder);
 }
 
 TEST_CASE("sals is a preset of its two halves", "[sals]") {
