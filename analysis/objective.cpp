@@ -44,6 +44,7 @@ bool counts_always(Metric m) {
     case Metric::bytes:
     case Metric::bytes_read:
     case Metric::retention:
+    case Metric::lost_mass:
     case Metric::projected_error:
     case Metric::projected_error_output:
     case Metric::projected_error_corrected:
@@ -93,11 +94,12 @@ Term parse_term(const std::string& text) {
   term.metric = metric_named(text, rest.substr(0, name_end));
   const MetricInfo& metric = info(term.metric);
   rest = rest.substr(name_end);
-  if (term.metric == Metric::retention) {
+  if (metric.per_span) {
     const std::size_t end = rest.empty() ? 0 : std::min(rest.find(':', 1), rest.size());
     term.span = end > 1 ? rest.substr(1, end - 1) : "";
     if (term.span.empty() || rest.front() != ':') {
-      refuse(text, "the span is missing; write retention:NAME with the name of a span of the trace");
+      refuse(text,
+             "the span is missing; write " + std::string(metric.name) + ":NAME with the name of a span of the trace");
     }
     rest = rest.substr(end);
   }

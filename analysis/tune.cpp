@@ -258,7 +258,6 @@ class Tuning {
                           .seed = request_.seed,
                           .identity = [this](const std::vector<std::string>& values) { return identity(values); }};
     bool whole = true;
-    std::size_t known = 0;
     const std::vector<Point> points = search(axes_, options, [&](std::span<const Point> these, int round) {
       std::vector<Candidate> shown{candidates_.front()};
       for (const Point& p : these) {
@@ -268,8 +267,7 @@ class Tuning {
           candidates_.push_back(shown.back());
         }
       }
-      known = candidates_.size();
-      shown_.push_back(int(shown.size()));
+      played_.emplace_back(rounds_[std::size_t(round)], int(shown.size()));
       std::vector<std::vector<double>> values(these.size(), std::vector<double>(cases_.size(), std::nan("")));
       if (!whole) {
         return values;
@@ -297,7 +295,6 @@ class Tuning {
                                                base_.label + " has; give a wider range"
                                          : refused_);
     }
-    shown_.push_back(int(candidates_.size()));
     auto measured = replay(candidates_, {request_.layers, 0}, int(rounds_.size()), part_ / "train");
     if (measured) {
       measured_ = std::move(*measured);
@@ -674,12 +671,12 @@ class Tuning {
       j["params"].push_back(p);
     }
     j["rounds"] = Json::array();
-    for (std::size_t r = 0; r < rounds_.size(); ++r) {
-      j["rounds"].push_back({{"layers", rounds_[r].layers}, {"steps", rounds_[r].max_steps}, {"n_methods", shown_[r]}});
+    for (const auto& [fidelity, n_methods] : played_) {
+      j["rounds"].push_back({{"layers", fidelity.layers}, {"steps", fidelity.max_steps}, {"n_methods", n_methods}});
     }
     j["rounds"].push_back({{"layers", std::vector<int>(train_layers_.begin(), train_layers_.end())},
                            {"steps", n_steps_},
-                           {"n_methods", shown_.back()}});
+                           {"n_methods", candidates_.size()}});
     j["candidates"] = Json::array();
     for (const Candidate& c : candidates_) {
       j["candidates"].push_back({{"method", c.text}, {"values", c.values}, {"round", c.round}});
@@ -732,12 +729,12 @@ class Tuning {
   int n_kv_heads_ = 0, n_steps_ = 0;
   int tuned_steps_ = 0;  // the later ones of the same traces are held out; 0: none of these
   Pos prompt_len_ = 0;
-  std::vector<int> common_layers_;               // that all training traces have
-  std::set<int> train_layers_, holdout_layers_;  // that some of them have
-  std::vector<Fidelity> rounds_;                 // before the last
-  std::vector<int> shown_;                       // methods of each round
-  std::vector<Candidate> candidates_;            // the method as it is comes first
-  std::vector<std::vector<ByLayer>> measured_;   // [candidate][budget], everything
+  std::vector<int> common_layers_;                // that all training traces have
+  std::set<int> train_layers_, holdout_layers_;   // that some of them have
+  std::vector<Fidelity> rounds_;                  // before the last
+  std::vector<std::pair<Fidelity, int>> played_;  // those that the search asked for, and how many methods it showed
+  std::vector<Candidate> candidates_;             // the method as it is comes first
+  std::vector<std::vector<ByLayer>> measured_;    // [candidate][budget], everything
   std::vector<RunOutcome::LeftOut> left_out_, held_left_out_;
   std::string refused_;  // the last sentence of a candidate that cannot be
   std::set<std::string> refused_texts_;

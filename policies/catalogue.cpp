@@ -9,6 +9,8 @@ namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
     oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian;
+extern const PartInfo morphkv, rpc, longflow, vatp, scissorhands, expected, infinipot;
+extern const PartInfo gkv, rkv, scope, lazyeviction, raas;
 extern const PartInfo atoms, linear, clusters, grkv, match_keys, matching, sample, inverse_chance;
 
 namespace {
@@ -28,6 +30,18 @@ constexpr const PartInfo* kParts[] = {
     &given,
     &oracle_mass,
     &oracle_greedy,
+    &morphkv,
+    &rpc,
+    &longflow,
+    &vatp,
+    &scissorhands,
+    &expected,
+    &infinipot,
+    &gkv,
+    &rkv,
+    &scope,
+    &lazyeviction,
+    &raas,
     &match_keys,
     &sample,
     // read
@@ -66,6 +80,39 @@ constexpr Preset kPresets[] = {
      "arXiv:2404.14469",
      "one set per KV head by the group's mean; means over the window where some codes sum, which "
      "ranks alike"},
+    {"expected-attention", "expected:epsilon=0.01+adakv", "Expected Attention as kvpress ranks it among its methods",
+     "arXiv:2510.00636", "as the parts say"},
+    {"h2o-kvpress", "h2o:window=0,mass=mean", "H2O as a fork of kvpress runs it: mean attention since birth, no window",
+     "arXiv:2306.14048", "as the part h2o says"},
+    {"h2o-scope", "h2o:window=256,mass=current,scope=query_head",
+     "H2O as SCOPE's code runs it: attention of the current query alone, prompt and decode tokens alike",
+     "arXiv:2412.13649",
+     "the prompt is cut by the attention of all its queries (the code: of its last 8); the code's budget is what it "
+     "keeps "
+     "of the prompt plus what it keeps of the decode tokens"},
+    {"h2o-longflow", "h2o:mass=current,scope=layer,group=sum",
+     "H2O as LongFlow's code runs it: it adds up, but selects by the current step's sums; one set per layer",
+     "arXiv:2603.11504", "as the part h2o says"},
+    {"h2o-gkv", "gkv:obs_window=1,smooth=sum,lambda=1",
+     "H2O as G-KV's code runs it: a decayed sum, sampled with one query at each eviction", "arXiv:2512.00504",
+     "with alpha=1 the code starts from the sums of all prompt queries; here it starts from the first eviction"},
+    {"streaming-scope", "streaming:sink=0,window=256,pool=decode",
+     "StreamingLLM as SCOPE's code runs it: the prompt, the first decode tokens and the latest 256", "arXiv:2412.13649",
+     "the whole prompt stays (the code with its prompt compressed keeps as many first tokens)"},
+    {"streaming-longflow", "streaming:sink=32", "StreamingLLM as LongFlow runs it: 32 sinks", "arXiv:2603.11504",
+     "as the part streaming says"},
+    {"streaming-gkv", "streaming:interval=128",
+     "StreamingLLM as G-KV's code runs it: at every 128 steps; its window is 512, a budget of 516", "arXiv:2512.00504",
+     "as the part streaming says"},
+    {"snapkv-kvpress", "snapkv:interval=512,decode=evict",
+     "SnapKV while decoding, as kvpress: every 512 steps the last 64 queries score anew", "arXiv:2404.14469",
+     "a prompt above the budget is cut at its end (kvpress waits for the first interval)"},
+    {"snapkv-rkv", "rkv:buffer=0,lambda=1",
+     "SnapKV while decoding, as R-KV's code: logits of the group's best head, the last 8 queries, max pooling over 7",
+     "arXiv:2505.24133", "as the part rkv says"},
+    {"snapkv-gkv", "gkv:smooth=none,lambda=1,normalise=false,pooling=max",
+     "SnapKV while decoding, as G-KV's code: the last 16 queries, max pooling over 5, nothing remembered",
+     "arXiv:2512.00504", "as the part gkv says"},
     {"oracle_topk", "full+topk", "a reference for choosing at every step: the tokens of highest true attention", "",
      ""},
     {"attention-matching", "match_keys+matching",

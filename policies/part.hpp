@@ -15,6 +15,7 @@ struct PartInfo {
   Role role;
   Foresight foresight;
   bool is_default;  // says in words what happens without a part of its role
+  bool merges;      // a rewriter that takes tokens in as they leave; the others encode
   std::span<const ParamInfo> params;
 
   // A Config, type-erased: default values, then the user's through ParamInfo::set.
@@ -96,6 +97,7 @@ constexpr PartInfo describe() {
     };
   } else if constexpr (std::is_base_of_v<Rewriter, P>) {
     info.role = Role::rewrite;
+    info.merges = !std::is_same_v<decltype(&P::evicted), decltype(&Rewriter::evicted)>;
     info.rewrite = [](const void* c, const SetShape& s) -> std::unique_ptr<Rewriter> {
       return std::make_unique<P>(*static_cast<const Config*>(c), s);
     };

@@ -160,7 +160,7 @@ struct Meter::Sums {
 };
 
 Meter::Meter(const Layer& layer, const ReplayOptions& options, const CellCompensators& compensators, CellResult& cell,
-             Checkpoints& checkpoints, const Set& set, int lane)
+             Checkpoints& checkpoints, const FullAttention& full, const Set& set, int lane)
     : layer_(layer),
       options_(options),
       cell_(cell),
@@ -170,6 +170,9 @@ Meter::Meter(const Layer& layer, const ReplayOptions& options, const CellCompens
   const Lane& l = set.lanes[std::size_t(lane)];
   const bool per_query_head = set.traits.scope == Scope::query_head;
   row_ = per_query_head ? l.kv_head * layer.group_size + l.first_head : l.kv_head;
+  if (Diagnostics::asked(layer, options.metrics)) {
+    diagnostics_ = std::make_unique<Diagnostics>(layer, options.metrics, full, cell, row_, set.n_heads);
+  }
   MomentNeeds needs;
   SetShape shape = layer.shape();
   shape.kv_head = l.kv_head;
@@ -340,6 +343,9 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
       !lane.evicted.empty() && (evicted_z < kExactDifference * all_z).any()) {
     evicted_z.setZero();
     Sums::add_weights(rows, evicted_tokens, evicted_z);
+  }
+  if (diagnostics_) {
+    diagnostics_->block(set, lane, all_z, evicted_z);
   }
   // Writes one row's output over the retained, or over the evicted tokens.
   const auto side = [&](bool retained, int r, Eigen::RowVectorXd& out) {
@@ -854,6 +860,10 @@ void add_series(CellResult& cell, const Layer& layer, const ReplayOptions& optio
         s.steps = checkpoints;
         s.n_steps = int(checkpoints.size());
       }
+      if (info.at_end) {
+        s.steps = {cell.n_steps - 1};
+        s.n_steps = 1;
+      }
       s.values.assign(std::size_t(s.rows) * std::size_t(s.n_steps), kSkipped);
       cell.series.push_back(std::move(s));
     };
@@ -861,7 +871,7 @@ void add_series(CellResult& cell, const Layer& layer, const ReplayOptions& optio
       for (int c = 0; c < int(cell.compensators.size()); ++c) {
         add(c, "");
       }
-    } else if (info.metric == Metric::retention) {
+    } else if (info.per_span) {
       std::vector<std::string> names;
       for (const TokenSpan& span : layer.spans) {
         if (std::find(names.begin(), names.end(), span.name) == names.end()) {

@@ -1,6 +1,7 @@
 // Measures what one lane of a set did in a block: the sums over retained and evicted tokens, and the metrics from them.
 #pragma once
 #include "sim/checkpoints.hpp"
+#include "sim/diagnostics.hpp"
 #include "sim/replay.hpp"
 #include "sim/set.hpp"
 
@@ -21,7 +22,8 @@ struct CellCompensators {
 // Per-lane measuring state of one cell. Writes only its own rows of the cell's series.
 class Meter {
  public:
-  Meter(const Layer&, const ReplayOptions&, const CellCompensators&, CellResult&, Checkpoints&, const Set&, int lane);
+  Meter(const Layer&, const ReplayOptions&, const CellCompensators&, CellResult&, Checkpoints&, const FullAttention&,
+        const Set&, int lane);
   void block(const Set&, Lane&, HeadErrors*);
 
  private:
@@ -48,6 +50,7 @@ class Meter {
   std::vector<int> prompt_queries_;  // per compensator, what it needs of the prompt
   bool sees_retained_ = false;       // any of them
   std::unique_ptr<MomentTrack> moments_;
+  std::unique_ptr<Diagnostics> diagnostics_;
   std::vector<int> span_evicted_;  // per span, tokens evicted so far
   Pos begin_ = 0;                  // of the block
 };

@@ -39,7 +39,9 @@ constexpr MetricInfo kInfo[] = {
     {attended, "attended", kv_head, false, false, false, "tokens attended, mean over the group's query heads"},
     {bytes, "bytes", kv_head, false, false, false, "bytes kept"},
     {bytes_read, "bytes_read", kv_head, false, false, false, "bytes read in the step"},
-    {retention, "retention", kv_head, false, false, false, "share of a span's tokens that is kept"},
+    {retention, "retention", kv_head, false, false, false, "share of a span's tokens that is kept", true},
+    {lost_mass, "lost_mass", query_head, false, false, false, "share of the attention mass on a span's evicted tokens",
+     true},
     {outside_energy_k, "outside_energy_k", kv_head, false, false, true,
      "energy of the evicted keys outside the subspace of 90 % of the retained keys' energy"},
     {outside_energy_v, "outside_energy_v", kv_head, false, false, true, "the same for values"},
@@ -60,6 +62,24 @@ constexpr MetricInfo kInfo[] = {
      "error_output after the output projection"},
     {projected_error_corrected, "projected_error_corrected", layer, true, false, false,
      "error_corrected after the output projection"},
+    {future_missed_mass, "future_missed_mass", query_head, false, false, false,
+     "share of the next 32 steps' attention on existing tokens that goes to tokens that have left", false, true},
+    {future_missed_mass_no_sink, "future_missed_mass_no_sink", query_head, false, false, false,
+     "the same without attention on the first 4 tokens", false, true},
+    {top1_agreement, "top1_agreement", query_head, false, false, false,
+     "whether the token attended most is the full cache's", false, true},
+    {top16_jaccard, "top16_jaccard", query_head, false, false, false,
+     "overlap of the 16 tokens attended most with the full cache's", false, true},
+    {churn, "churn", kv_head, false, false, false,
+     "Jaccard distance between what is attended at a step and at the one before", false, true},
+    {importance_return, "importance_return", query_head, false, false, false,
+     "share of windows of tokens, unimportant 4 events long, that are important again within 8", false, true, true},
+    {lost_importance, "lost_importance", query_head, false, false, false,
+     "importance_return of the windows that had left the cache by then", false, true, true},
+    {importance_gain, "importance_gain", query_head, false, false, false,
+     "share of unimportant windows that are important at the next event", false, true, true},
+    {importance_loss, "importance_loss", query_head, false, false, false,
+     "share of important windows that are not at the next event", false, true, true},
 };
 static_assert(std::size(kInfo) == kMetrics);
 
@@ -73,14 +93,13 @@ bool MetricSet::any(bool (*of)(const MetricInfo&)) const {
 
 MetricSet MetricSet::all() {
   MetricSet s;
-  s.bits_.set();
+  for (const MetricInfo& i : kInfo) {
+    s.set(i.metric, !i.diagnostic);
+  }
   return s;
 }
 
 MetricSet MetricSet::parse(const std::string& list) {
-  if (list == "all") {
-    return all();
-  }
   MetricSet s;
   for (Metric m : {resident, attended, bytes, bytes_read}) {
     s.set(m);
@@ -92,13 +111,19 @@ MetricSet MetricSet::parse(const std::string& list) {
   for (std::size_t begin = 0; begin <= list.size();) {
     const std::size_t end = std::min(list.find(',', begin), list.size());
     const std::string name = list.substr(begin, end - begin);
+    begin = end + 1;
+    if (name == "all" || name == "diagnostics") {
+      for (const MetricInfo& i : kInfo) {
+        s.set(i.metric, s.has(i.metric) || i.diagnostic == (name == "diagnostics"));
+      }
+      continue;
+    }
     const auto it = std::find(names.begin(), names.end(), name);
     if (it == names.end()) {
       throw ConfigError("--metrics: '" + name + "' is not a metric; the nearest is '" + nearest(name, names) +
-                        "', and 'all' selects every one");
+                        "', 'all' selects every one but the diagnostics, and 'diagnostics' selects those");
     }
     s.set(static_cast<Metric>(it - names.begin()));
-    begin = end + 1;
   }
   return s;
 }

@@ -32,6 +32,7 @@ enum class Metric {
   bytes,
   bytes_read,
   retention,
+  lost_mass,
   outside_energy_k,
   outside_energy_v,
   outside_energy_k_chance,
@@ -45,6 +46,15 @@ enum class Metric {
   projected_error,
   projected_error_output,
   projected_error_corrected,
+  future_missed_mass,
+  future_missed_mass_no_sink,
+  top1_agreement,
+  top16_jaccard,
+  churn,
+  importance_return,
+  lost_importance,
+  importance_gain,
+  importance_loss,
   count
 };
 inline constexpr int kMetrics = static_cast<int>(Metric::count);
@@ -59,14 +69,18 @@ struct MetricInfo {
   bool needs_evicted_output;  // contains f_E, so that sums over all tokens are kept in double
   bool at_checkpoints;
   std::string_view doc;
+  bool per_span = false;    // one series for each name of the trace's spans
+  bool diagnostic = false;  // only where asked by name, or as one of `diagnostics`: not one of `all`
+  bool at_end = false;      // one number, at the last step
 };
 std::span<const MetricInfo> all_metrics();
 inline const MetricInfo& info(Metric m) { return all_metrics()[static_cast<std::size_t>(m)]; }
 
 class MetricSet {
  public:
-  static MetricSet all();
-  // "error,evicted_mass", "all"; ConfigError names the nearest metric. resident, attended and bytes are always there.
+  static MetricSet all();  // but the diagnostics
+  // "error,evicted_mass", "all", "all,diagnostics"; ConfigError names the nearest metric. resident, attended and bytes
+  // are always there.
   static MetricSet parse(const std::string& list);
   bool has(Metric m) const { return bits_[static_cast<std::size_t>(m)]; }
   void set(Metric m, bool on = true) { bits_[static_cast<std::size_t>(m)] = on; }
@@ -92,7 +106,7 @@ inline constexpr float kSkipped = std::numeric_limits<float>::quiet_NaN();
 struct Series {
   Metric metric;
   int compensator = -1;       // index into the cell's compensators, or -1
-  std::string span;           // of retention
+  std::string span;           // of a metric of spans
   int rows = 0;               // query heads, KV heads, or 1
   std::vector<int> steps;     // the decode steps measured; empty: all of them
   int n_steps = 0;            // length of a row

@@ -33,7 +33,11 @@ struct Running {
 class Replay {
  public:
   Replay(const Layer& layer, std::span<const Job> jobs, const ReplayOptions& options)
-      : layer_(layer), options_(options), shared_{.layer = layer}, checkpoints_(layer, options.seed) {
+      : layer_(layer),
+        options_(options),
+        shared_{.layer = layer},
+        checkpoints_(layer, options.seed),
+        full_attention_(layer, options.metrics) {
     shared_.exact.resize(std::size_t(layer.n_kv_heads));
     product_ = options.metrics.needs_evicted_output() ? ValueProduct::f64 : ValueProduct::f32;
     keep_logits_ = options.metrics.has(Metric::logit_spread) || options.metrics.has(Metric::logit_variance);
@@ -216,7 +220,7 @@ class Replay {
     keep_room(cell, m);
     for (const auto& set : r.sets) {
       for (int lane = 0; lane < set->n_lanes; ++lane) {
-        r.meters.emplace_back(layer_, options_, r.compensators, cell, checkpoints_, *set, lane);
+        r.meters.emplace_back(layer_, options_, r.compensators, cell, checkpoints_, full_attention_, *set, lane);
       }
     }
     if (layer_.w_o.size() > 0 && options_.metrics.projected()) {
@@ -299,6 +303,9 @@ class Replay {
       const double start = seconds();
       ExactBlock& e = shared_.exact[std::size_t(h)];
       e.compute(layer_, h, begin, steps, product_, keep_logits_);
+      if (full_attention_.asked()) {
+        full_attention_.block(h, e);
+      }
       exact_seconds_[std::size_t(h)] += seconds() - start;
       if (!shared_.future.empty()) {
         e.add_column_mass(shared_.future[std::size_t(h)], -1);
@@ -477,6 +484,7 @@ class Replay {
   const ReplayOptions& options_;
   Shared shared_;
   Checkpoints checkpoints_;
+  FullAttention full_attention_;
   ValueProduct product_;
   bool keep_logits_;
   std::vector<Running> running_;

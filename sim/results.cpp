@@ -210,7 +210,7 @@ void ResultsWriter::add(const CellId& id, const CellResult& cell, const std::vec
           level == Level::query_head ? fmt::to_string(r) : "", csv_field(id.method), csv_field(id.label),
           csv_field(id.budget), s.compensator >= 0 ? csv_field(cell.compensators[std::size_t(s.compensator)]) : "",
           id.foresight == Foresight::oracle ? "oracle" : "none",
-          csv_field(s.span.empty() ? std::string(info(s.metric).name) : "retention:" + s.span), st.n, st.n_skipped,
+          csv_field(std::string(info(s.metric).name) + (s.span.empty() ? "" : ":" + s.span)), st.n, st.n_skipped,
           number(st.mean), number(st.std), number(st.p50), number(st.p90), number(st.p99), number(st.max));
     }
   }

@@ -501,6 +501,14 @@ class Run {
     return m.read ? "selection" : m.traits.pool == Pool::decode ? "pinned" : "evictable";
   }
 
+  // What a method does beside choosing what stays; the last of these that it does.
+  static std::string class_of(const Method& m) {
+    return m.compensate ? "correction"
+           : m.read     ? "selection"
+           : m.rewrite  ? m.rewrite->info->merges ? "merging" : "encoding"
+                        : "eviction";
+  }
+
   void check_memory() const {
     for (const auto& input : inputs_) {
       cells_that_fit(*input);
@@ -517,7 +525,7 @@ class Run {
         (n * dims + n * info.group_size * info.head_dim + 2 * n * (rows + 32) + 6 * rows * info.v_head_dim);
     double series = 0;  // numbers per step
     for (const MetricInfo& i : all_metrics()) {
-      if (!request_.metrics.has(i.metric) || i.at_checkpoints) {
+      if (!request_.metrics.has(i.metric) || i.at_checkpoints || i.at_end) {
         continue;
       }
       const double heads = i.level == Level::query_head ? info.n_heads
@@ -619,6 +627,7 @@ class Run {
                               {"method", m->name},
                               {"preset", m->preset},
                               {"group", group_of(*m)},
+                              {"class", class_of(*m)},
                               {"foresight", m->foresight() == Foresight::oracle ? "oracle" : "none"},
                               {"paper", preset ? preset->paper : m->select.info->paper},
                               {"deviation", preset ? preset->deviation : m->select.info->deviation},

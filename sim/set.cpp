@@ -352,7 +352,7 @@ void Set::repair_z(Lane& lane, int from) {
 void Set::append(Pos p) {
   for (Lane& lane : lanes) {
     const float* weights = exact(lane).weights.row(p).data();
-    const int c = add_column(lane, {weights, layer().v[lane.kv_head].row(p).data(), 0, n_steps, n_steps});
+    const int c = add_column(lane, {weights, layer().v[lane.kv_head].row(p).data(), 0, n_steps, n_steps, p});
     lane.slots.push_back({weights, c, c});
   }
 }
@@ -384,7 +384,7 @@ void Set::rewrite(int lane_index, int slot, const Eigen::VectorXf& k, const Eige
     weights = w.data();
   }
   end_column(lane, lane.slots[slot].column);
-  lane.slots[slot].column = add_column(lane, {weights, own.v.data(), effect_, n_steps, 0});
+  lane.slots[slot].column = add_column(lane, {weights, own.v.data(), effect_, n_steps, 0, p});
   lane.slots[slot].weights = weights;
 }
 
@@ -418,7 +418,7 @@ void Set::attach_stored(Lane& lane) {
       weights = row.data();
     }
     end_column(lane, lane.slots[i].column);
-    lane.slots[i].column = add_column(lane, {weights, own->v.data(), 0, n_steps, 0});
+    lane.slots[i].column = add_column(lane, {weights, own->v.data(), 0, n_steps, 0, positions_[i]});
     lane.slots[i].weights = weights;
   }
 }
@@ -440,7 +440,8 @@ void Set::begin_block(int steps) {
       lane.z.setZero(exact(lane).rows);
     }
     for (Pos p : lane.pinned) {
-      add_column(lane, {exact(lane).weights.row(p).data(), layer().v[lane.kv_head].row(p).data(), 0, n_steps, n_steps});
+      add_column(lane,
+                 {exact(lane).weights.row(p).data(), layer().v[lane.kv_head].row(p).data(), 0, n_steps, n_steps, p});
     }
     if (read_) {
       lane.read_num.setZero(steps * n_heads, v_head_dim);

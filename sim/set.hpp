@@ -34,6 +34,7 @@ struct Column {
   const float* value;    // (v_head_dim)
   int begin, end;        // steps of the block during which the method attends it
   int plain_end;         // steps 0..plain_end during which the token is retained as it was; 0 for a rewritten copy
+  Pos token;             // whose slot it is
 };
 
 struct Stored {  // key and value of a rewritten slot

@@ -10,7 +10,7 @@ import importlib
 
 _WHERE = {"Absent": "errors", "ResultsError": "errors", "UsageError": "errors", "Results": "results", "load": "results",
           "configurations": "tables", "compare": None, "explain": None, "figures": None, "latency": None,
-          "league": None, "ranks": None, "taxonomy": None, "tune": None}
+          "league": None, "ranks": None, "taxonomy": None, "tradeoffs": None, "tune": None}
 __all__ = list(_WHERE)
 
 

@@ -19,21 +19,51 @@ DEFAULT = "H100-SXM"
 class Gpu:
     bandwidth: float  # bytes per second
     peak: float       # operations per second: dense 16-bit tensor cores with float32 accumulation
+    memory: float     # bytes
     source: str
 
 
 GPUS = {
-    "A100-80GB": Gpu(2.039e12, 312e12, "NVIDIA A100 datasheet, 80GB SXM"),
-    "H100-SXM": Gpu(3.35e12, 989.4e12, "NVIDIA H100 datasheet, SXM5; half of the figure given with sparsity"),
-    "H200": Gpu(4.8e12, 989.4e12, "NVIDIA H200 datasheet, SXM; half of the figure given with sparsity"),
-    "RTX-4090": Gpu(1.008e12, 165.2e12, "NVIDIA Ada GPU architecture whitepaper, GeForce RTX 4090"),
+    "A100-80GB": Gpu(2.039e12, 312e12, 80e9, "NVIDIA A100 datasheet, 80GB SXM"),
+    "H100-SXM": Gpu(3.35e12, 989.4e12, 80e9, "NVIDIA H100 datasheet, SXM5; half of the figure given with sparsity"),
+    "H200": Gpu(4.8e12, 989.4e12, 141e9, "NVIDIA H200 datasheet, SXM; half of the figure given with sparsity"),
+    "RTX-4090": Gpu(1.008e12, 165.2e12, 24e9, "NVIDIA Ada GPU architecture whitepaper, GeForce RTX 4090"),
 }
 
 
 def gpu_named(name):
-    if name not in GPUS:
-        raise UsageError(f"GPU {name} is none of {', '.join(GPUS)}{nearest(name, GPUS)}")
-    return GPUS[name]
+    """One of GPUS (h100 will do for H100-SXM), or numbers: bandwidth=3.35e12,peak=989e12,memory=80e9."""
+    if name in GPUS:
+        return GPUS[name]
+    if "=" in name:
+        return _gpu_of(name)
+    found = [g for g in GPUS if g.lower().startswith(name.lower())] if name else []
+    if len(found) != 1:
+        raise UsageError(f"GPU {name} is none of {', '.join(GPUS)}{nearest(name, GPUS)}; or give its numbers, as "
+                         "bandwidth=3.35e12,peak=989e12,memory=80e9")
+    return GPUS[found[0]]
+
+
+def canonical(name):
+    """The name of a GPU as the table has it; numbers as they were given."""
+    device = gpu_named(name)
+    return next((known for known, g in GPUS.items() if g is device), name)
+
+
+def _gpu_of(text):
+    numbers = {}
+    for piece in text.split(","):
+        key, _, value = piece.partition("=")
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            numbers[key] = np.nan
+        if key not in ("bandwidth", "peak", "memory") or not 0 < numbers[key] < np.inf:
+            raise UsageError(f"--gpu: in '{piece}' a positive number is missing; write bandwidth=BYTES_PER_SECOND,"
+                             "peak=OPERATIONS_PER_SECOND,memory=BYTES")
+    if set(numbers) != {"bandwidth", "peak", "memory"}:
+        raise UsageError(f"--gpu {text} lacks {', '.join(sorted({'bandwidth', 'peak', 'memory'} - set(numbers)))}")
+    return Gpu(**numbers, source="given by the user")
 
 
 def attention_us(bytes_read, attended, n_kv_heads, group_size, head_dim, v_head_dim, gpu):

@@ -21,6 +21,9 @@ AT = ("tokens", "bytes")
 SAME = 0.01  # sizes that differ by no more than this share are the same size
 BASES = ("streaming", "random")
 METRICS = ["resident", "attended", "bytes", "bytes_read", "error_output"]
+# What a method does beside choosing what stays, as run.json says it for each: how its best are named.
+CLASSES = {"eviction": "eviction", "merging": "merging", "encoding": "encoding", "correction": "correction",
+           "selection": "selection per step"}
 
 
 @dataclass
@@ -212,6 +215,50 @@ def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAUL
     return table[["group", "unit", "budget", "at", "rank", "label", "method", "compensator", "foresight",
                   "error_output", "low", "high", "resident", "bytes", "bytes_read", "latency_us", "base", "oracle",
                   "closed", "closed_low", "closed_high", "note"]].reset_index(drop=True)
+
+
+def best(results, at="tokens", base=None, gpu=latency.DEFAULT, bands=True, budget=None):
+    """The best of each class (CLASSES) near each budget of each group, with its distance to the best oracle: rows of
+    the league with a column `class` in front and, behind, oracle_error (of the group's best oracle at this size),
+    distance = error_output - oracle_error and times_oracle = error_output / oracle_error, each NaN without an oracle.
+    Corrections measured beside a method count as corrections; what carries no budget is in no class."""
+    table = league(results, at, base, compensated=True, gpu=gpu, bands=bands, budget=budget)
+    table.insert(0, "class", classes(results, table))
+    oracles = table[(table["foresight"] == "oracle") & table["error_output"].notna()]
+    least = oracles.groupby(["group", "budget"])["error_output"].min().to_dict()
+    named = oracles.loc[oracles.groupby(["group", "budget"])["error_output"].idxmin()]
+    names = {(o.group, o.budget): o.label for o in named.itertuples()}
+    ranked = table[table["rank"].notna()]
+    where = list(dict.fromkeys(zip(ranked["group"], ranked["budget"])))
+    rows = ranked.loc[ranked.groupby(["group", "budget", "class"])["error_output"].idxmin()]
+    order = [(where.index((group, budget)), list(CLASSES).index(kind))
+             for group, budget, kind in zip(rows["group"], rows["budget"], rows["class"])]
+    rows = rows.iloc[sorted(range(len(rows)), key=order.__getitem__)]
+    at_size = list(zip(rows["group"], rows["budget"]))
+    rows = rows.assign(oracle=[names.get(k, "") for k in at_size], oracle_error=[least.get(k, np.nan) for k in at_size])
+    rows["distance"] = rows["error_output"] - rows["oracle_error"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rows["times_oracle"] = rows["error_output"] / rows["oracle_error"]
+    return rows.reset_index(drop=True)
+
+
+def classes(results, table):
+    """The class of each row of a league, from what run.json says of its method; a correction measured beside a method
+    is one whatever the method is."""
+    said = {m.get("label"): m.get("class") for m in results.run.get("methods", []) if isinstance(m, dict)}
+    acting = results.cells.drop_duplicates("label").set_index("label")["compensator_acting"].to_dict()
+
+    def of(row):
+        own = row["label"].removesuffix(f"+{row['compensator']}") if row["compensator"] else row["label"]
+        if row["compensator"] or acting.get(own):
+            return "correction"
+        if said.get(own) in CLASSES:
+            return said[own]
+        # Results of older versions: they had one encoder and no merging.
+        return ("selection" if row["group"] == "selection" else
+                "encoding" if re.search(r"\+kivi(?=[:+]|$)", row["method"]) else "eviction")
+
+    return [of(row) for row in table.to_dict("records")]
 
 
 def references(group, budgets):

@@ -47,12 +47,45 @@ void add_compare_command(CLI::App& app) {
   league_options->add("--trace", "Only these traces, separated by commas (default: what the report opens on)", "NAMES");
   league_options->add("--head-type", "Only heads of this type: sink, local, retrieval or diffuse", "TYPE");
   league_options->add("--gpu", "Whose decode latency is estimated (default H100-SXM)", "NAME");
+  league_options->add_flag("--best", "Only the best of each class: eviction, merging, encoding, correction, selection");
   league_options->add_flag("--json", "The table as JSON");
   league_options->add_flag("--csv", "The table as CSV");
   league->callback([folder, league_options] {
     std::vector<std::string> arguments{"league"};
     league_options->append_to(arguments);
     arguments.insert(arguments.end(), {"--", *folder});
+    become_python(std::move(arguments));
+  });
+
+  CLI::App* tradeoffs =
+      app.add_subcommand("tradeoffs", "Set fidelity beside bytes, latency, energy and capacity of a GPU");
+  auto run = std::make_shared<std::string>();
+  auto costs = std::make_shared<Forwarded>(tradeoffs);
+  tradeoffs->add_option("DIR", *run, "Results folder that `kvreplay run --out` wrote")->required();
+  costs->add("--gpu",
+             "A100-80GB, H100-SXM (default), H200, RTX-4090, a beginning of these, or "
+             "bandwidth=B/S,peak=FLOP/S,memory=B",
+             "NAME");
+  costs->add("--batch", "Sequences decoded together, for the table (default 1)", "N");
+  costs->add("--launch-us", "Microseconds of a launch, per layer and step (default 0)", "X");
+  costs->add("--pj-per-bit", "Energy of memory traffic (default 5.5, the middle of HBM's 4 to 7)", "X");
+  costs->add("--pj-per-flop", "Energy of an operation (default 0: left out)", "X");
+  costs->add("--static-watts", "Power drawn whatever is done (default 0: left out)", "X");
+  costs->add("--weights-gb", "The model's weights, read once per step and held in memory (default 0)", "X");
+  costs->add("--model-layers", "Layers of the whole model (default: those of the run)", "N");
+  costs->add("--budget", "Only these budgets as they were asked, separated by commas", "BUDGETS");
+  costs->add("--trace", "Only these traces, separated by commas (default: what the report opens on)", "NAMES");
+  costs->add("--batches", "Batches of the winner map (default 1,8,64)", "LIST");
+  costs->add("--contexts", "Contexts of the winner map beside those measured, as 8k,32k: costs alone", "LIST");
+  costs->add("--least-fidelity", "What a winner has to have (default 0.9)", "F");
+  costs->add("--out", "Also draw it: pdf, svg or png by its ending", "FILE");
+  costs->add("--style", "Width of the figure: single or double column (default double)", "STYLE");
+  costs->add_flag("--json", "Everything as JSON");
+  costs->add_flag("--csv", "The table as CSV");
+  tradeoffs->callback([run, costs] {
+    std::vector<std::string> arguments{"tradeoffs"};
+    costs->append_to(arguments);
+    arguments.insert(arguments.end(), {"--", *run});
     become_python(std::move(arguments));
   });
 }

@@ -58,6 +58,9 @@ Json json_of(const PartInfo& part) {
               {"deviation", part.deviation},
               {"foresight", part.foresight == Foresight::oracle ? "oracle" : "none"},
               {"keys", json_of(part.params, config.get())}};
+  if (part.role == Role::rewrite) {
+    out["merges"] = part.merges;
+  }
   if (part.role == Role::select) {
     const Traits traits = part.traits(config.get());
     out["engine_keys"] = json_of(engine_keys(), &traits);

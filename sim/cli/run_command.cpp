@@ -136,7 +136,9 @@ void add_run_command(CLI::App& app) {
   CLI::Option* compensators =
       run_app->add_option("-c,--compensators", o->compensators,
                           "Measured beside every method; 'none' for none (default: mean,moments,gaussian)");
-  run_app->add_option("--metrics", o->metrics, "What to measure; fewer is faster (default: all)");
+  run_app->add_option("--metrics", o->metrics,
+                      "What to measure; fewer is faster (default: all, which leaves out the diagnostics; "
+                      "all,diagnostics has both)");
   run_app->add_option("--layers", o->layers, "The model's layer numbers, as 0,4-7 (default: all in the trace)");
   CLI::Option* prompt_len =
       run_app->add_option("--prompt-len", o->prompt_len, "Move the boundary between prompt and decode");

@@ -308,8 +308,8 @@ def test_latency_is_the_roofline(run):
         assert us[label, "64"] == pytest.approx(expected, rel=1e-12)
     heavy = latency.attention_us(10.0, 1000.0, 4, 16, 128, 128, gpu)
     assert heavy == pytest.approx(1e6 * 4 * (2 * 1000 * 16 * 256) / 312e12)  # computing takes longer than reading
-    with pytest.raises(UsageError, match="GPU A100 is none of .*did you mean A100-80GB"):
-        latency.gpu_named("A100")
+    with pytest.raises(UsageError, match="GPU B100-80GB is none of .*did you mean A100-80GB"):
+        latency.gpu_named("B100-80GB")
 
 
 def test_costs_and_fronts_of_a_run(run):
@@ -372,3 +372,64 @@ def test_budgets_that_come_to_one_size_have_the_same_rows(tmp_path):
     assert league.league(twice, budget="64")["label"].tolist() == one["label"].tolist()
     single = league.league(written("once", {"64": 64, "25%": 128}), budget="64")
     assert single[columns].equals(one)
+
+
+# ---- the best of each class ----
+@pytest.fixture(scope="module")
+def of_classes(tmp_path_factory):
+    """h2o and tova evict, lucky merges, worse corrects; tova and streaming also have a correction beside them."""
+    beside = {"error_corrected.mean": 0.25}
+    corrected = ("streaming", "tova")
+    cells = [{**c, "values": {**c["values"], **(beside if c["label"] in corrected else {})},
+              "compensators": "mean" if c["label"] in corrected else "",
+              "compensator_acting": "moments" if c["label"] == "worse" else ""} for c in law_cells()]
+    cells += [cell("full+quest", b, {"error_output": 1 / b, "resident": 144, "attended": b, "bytes": 4608,
+                                     "bytes_read": 32 * b + 100}, group="selection") for b in BUDGETS]
+    said = {"streaming": "eviction", "h2o": "eviction", "tova": "eviction", "lucky": "merging", "worse": "correction",
+            "oracle_mass": "eviction", "full+quest": "selection"}
+    run = {"methods": [{"label": k, "method": k, "class": v} for k, v in said.items()]}
+    return load(exact_results.write(tmp_path_factory.mktemp("classes") / "run", cells, run=run))
+
+
+def test_the_best_of_each_class_and_its_distance(of_classes):
+    found = league.best(of_classes)
+    rows = found[found["group"] == "evictable"].set_index(["budget", "class"])
+    assert list(dict.fromkeys(found["group"])) == ["evictable", "selection"]
+    assert list(dict.fromkeys(found.loc[found["group"] == "evictable", "budget"])) == ["32", "64", "128"]
+    for budget in ("32", "64", "128"):
+        size = rows.at[(budget, "eviction"), "at"]
+        # 3 x^-0.6 of h2o against 2 x^-0.55 of tova: tova is below up to x = 1.5^20.
+        assert list(rows.loc[budget]["label"]) == ["tova", "lucky", rows.at[(budget, "correction"), "label"]]
+        for kind, label in (("eviction", "tova"), ("merging", "lucky")):
+            row = rows.loc[(budget, kind)]
+            assert row["oracle"] == "oracle_mass" and row["oracle_error"] == pytest.approx(error("oracle_mass", size))
+            assert row["distance"] == pytest.approx(error(label, size) - error("oracle_mass", size))
+            assert row["times_oracle"] == pytest.approx(error(label, size) / error("oracle_mass", size))
+        # The best of worse, which acts with a correction, and of those measured beside streaming and tova.
+        assert rows.at[(budget, "correction"), "error_output"] == pytest.approx(min(0.25, error("worse", size)))
+    quest = found[found["group"] == "selection"]
+    assert set(quest["class"]) == {"selection"} and quest["distance"].isna().all() and len(quest) == 3
+    assert (quest["oracle"] == "").all()
+
+
+def test_classes_of_older_results(tmp_path):
+    cells = law_cells(("streaming", "h2o")) + [
+        {**c, "label": "h2o+kivi", "method": "h2o+kivi:bits=2"} for c in law_cells(("tova",))]
+    found = league.best(load(exact_results.write(tmp_path / "r", cells)))
+    assert set(zip(found["class"], found["label"])) == {("eviction", "h2o"), ("encoding", "h2o+kivi")}
+
+
+def test_the_best_on_the_command_line(of_classes, capsys):
+    assert program.main(["league", str(of_classes.folder), "--best", "--budget=64"]) == 0
+    out = capsys.readouterr().out
+    assert "the best of each class" in out
+    lines = [line for line in out.splitlines() if line.startswith("64 ")]
+    assert [next(k for k in league.CLASSES if k in line) for line in lines] == ["eviction", "merging", "correction",
+                                                                                "selection"]
+    assert "tova" in lines[0] and "lucky" in lines[1] and "oracle_mass" in lines[0]
+    assert program.main(["league", str(of_classes.folder), "--best", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told[0]["class"] == "eviction" and told[0]["label"] == "tova" and "times_oracle" in told[0]
+    assert program.main(["league", str(of_classes.folder)]) == 0
+    both = capsys.readouterr().out
+    assert both.index("mean error_output at equal size") < both.index("the best of each class")

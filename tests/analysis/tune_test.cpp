@@ -235,6 +235,8 @@ TEST_CASE("values that do not fit a budget are left out there and counted") {
   CHECK(tuned["left_out"][0]["method"] == "h2o:window=24");
   CHECK(tuned["left_out"][0]["budget"] == "16");
   CHECK(tuned["candidates"].size() == 3);
+  REQUIRE(tuned["rounds"].size() == 1);  // a list is measured whole at once
+  CHECK(tuned["rounds"][0]["n_methods"] == 3);
 }
 
 TEST_CASE("at equal bytes one choice is made between the budgets") {

@@ -98,6 +98,15 @@ def engine_rows(table, lines):
         lambda m: f"{of('momentum x 16', m)['seconds'] / of('momentum x 16', m, 2)['seconds']:.2f}", ">= 1.8")
 
 
+def class_rows(table, lines):
+    sets = ("all", "steps", ERRORS_ONLY)
+    by_class = {}
+    for line in lines:
+        by_class.setdefault((line["class"], line["method"]), {})[line["metrics"]] = line["share"]
+    for (kind, method), shares in by_class.items():
+        table.add(f"one more of {kind} (`{method.removeprefix('+')}`)", *(percent(shares[m]) for m in sets))
+
+
 def torch_rows(table, lines, args, trace, values):
     ours = {line["case"]: line for line in lines if line.get("metrics") == "error"}
     worst = 0.0
@@ -138,6 +147,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="an eighth of the tokens: checks the bench, measures nothing")
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--class", dest="classes", action="append", default=[], metavar="NAME=METHOD",
+                        help="the method that stands for a class; +PART is a compensator (default: one of each)")
     args = parser.parse_args()
     args.shrink = 8 if args.quick else 1
     args.budget = 1024 // args.shrink
@@ -154,6 +165,8 @@ def main():
         folder = Path(name)
         lines = run_json([bench, *shape])
         engine_rows(table, lines)
+        chosen = [word for text in args.classes for word in ("--class", text)] or ["--classes"]
+        class_rows(table, run_json([bench, *shape, *chosen]))
         trace = folder / "layer.h5"
         if not args.no_torch:
             run_json([bench, *shape, "--write-trace", trace])

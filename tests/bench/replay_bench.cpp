@@ -3,6 +3,8 @@
 //
 //   replay_bench                          the engine's figures
 //   replay_bench --method M --metrics X   one method's share of the exact pass, for work on its speed
+//   replay_bench --classes                one more configuration of each class of method; --class NAME=METHOD, once or
+//                                         more, for others than the representatives below
 //   replay_bench --write-trace F          only writes the layer as a trace, for PyTorch and for the memory figure
 //   replay_bench --read-trace F           only reads and widens all of a trace's layer 0
 #include <CLI/CLI.hpp>
@@ -11,6 +13,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "policies/catalogue.hpp"
 #include "sim/replay.hpp"
 #include "tests/bench/random_layer.hpp"
 #include "traces/reader.hpp"
@@ -100,9 +103,10 @@ json measure(const Layer& layer, const Case& c, int budget, int repeat) {
       continue;
     }
     double own = 0;
-    json errors = json::array();
+    json errors = json::array(), each = json::array();
     for (const CellResult& cell : result.cells) {
       own += cell.seconds;
+      each.push_back(cell.seconds);
       errors.push_back(mean_error(cell));
     }
     best = {{"case", c.name},
@@ -112,6 +116,7 @@ json measure(const Layer& layer, const Case& c, int budget, int repeat) {
             {"exact", result.exact_seconds},
             {"prefill", result.prefill_seconds},
             {"methods", own},
+            {"each", each},
             {"error", errors}};
   }
   return best;
@@ -157,6 +162,69 @@ void measure_engine(const Layer& layer, int budget, int repeat, const std::vecto
   }
 }
 
+// Class and method; a method that begins with + is a compensator, measured beside h2o.
+struct Representative {
+  std::string kind, method;
+};
+
+std::vector<Representative> representatives(const std::vector<std::string>& given) {
+  if (given.empty()) {
+    std::vector<Representative> all{{"eviction", "h2o"},
+                                    {"periodic with re-scoring", "snapkv:decode=evict,interval=128"},
+                                    {"quantising", "streaming+kivi"},
+                                    {"per-step selection", "full+quest"},
+                                    {"compensator", "+moments"}};
+    for (const PartInfo* part : all_parts()) {
+      if (part->merges) {
+        all.insert(all.begin() + 2, {"merging", "h2o+" + std::string(part->name)});
+        break;
+      }
+    }
+    return all;
+  }
+  std::vector<Representative> out;
+  for (const std::string& text : given) {
+    const std::size_t equals = text.find('=');
+    if (equals == std::string::npos) {
+      throw std::runtime_error("--class " + text + " has no method; write NAME=METHOD, as merging=h2o+cam");
+    }
+    out.push_back({text.substr(0, equals), text.substr(equals + 1)});
+  }
+  return out;
+}
+
+// What one more configuration of each class costs, as a share of the exact pass that all share. One run has them all: a
+// cell's seconds are its own.
+void measure_classes(const Layer& layer, int budget, int repeat, const std::vector<Representative>& classes) {
+  const std::string base = "h2o";
+  std::vector<std::string> methods{base};
+  for (const Representative& c : classes) {
+    if (c.method.front() != '+') {
+      methods.push_back(c.method);
+    }
+  }
+  for (const std::string metrics : {"all", "steps", "error,evicted_mass"}) {
+    const json together = measure(layer, {.name = "classes", .metrics = metrics, .methods = methods}, budget, repeat);
+    const auto exact = together["exact"].get<double>();
+    std::size_t next = 1;
+    for (const Representative& c : classes) {
+      double seconds = 0;
+      if (c.method.front() == '+') {
+        const json with = measure(
+            layer, {.name = "compensator", .metrics = metrics, .methods = {base}, .compensators = {c.method.substr(1)}},
+            budget, repeat);
+        seconds = with["methods"].get<double>() - together["each"][0].get<double>();
+      } else {
+        seconds = together["each"][next++].get<double>();
+      }
+      std::cout << json{{"case", "one more"}, {"class", c.kind}, {"method", c.method},      {"metrics", metrics},
+                        {"seconds", seconds}, {"exact", exact},  {"share", seconds / exact}}
+                       .dump()
+                << std::endl;
+    }
+  }
+}
+
 void measure_reading(const std::string& path) {
   const TraceReader reader(path);
   const TraceInfo& info = reader.info();
@@ -189,7 +257,8 @@ void measure_reading(const std::string& path) {
 int main(int argc, char** argv) try {
   int tokens = 8192, prompt_len = 4096, kv_heads = 2, group = 4, head_dim = 128, budget = 1024, repeat = 2;
   std::string write_to, read_from, element = "f32", metrics = "steps";
-  std::vector<std::string> methods;
+  std::vector<std::string> methods, classes;
+  bool all_classes = false;
   std::vector<std::string> windows{"512"}, alphas{"0.97"};
   CLI::App app("Times the replay engine on a layer of random numbers");
   app.add_option("--tokens", tokens);
@@ -203,6 +272,10 @@ int main(int argc, char** argv) try {
   app.add_option("--repeat", repeat, "every figure is the best of so many runs");
   app.add_option("--element", element, "of the trace written: f16, bf16, f32");
   app.add_option("--method", methods, "each is measured alone");
+  app.add_option("--class", classes,
+                 "NAME=METHOD: one more configuration of a class; +PART is a compensator beside h2o")
+      ->take_all();
+  app.add_flag("--classes", all_classes, "the same for representatives of every class");
   app.add_option("--metrics", metrics, "of --method: all, steps (all but those at checkpoints) or a list");
   app.add_option("--write-trace", write_to);
   app.add_option("--read-trace", read_from);
@@ -215,6 +288,8 @@ int main(int argc, char** argv) try {
   const Layer layer = random_layer(kv_heads, group, head_dim, tokens, prompt_len, 1);
   if (!write_to.empty()) {
     write_trace(write_to, layer, element_type_of(element));
+  } else if (all_classes || !classes.empty()) {
+    measure_classes(layer, budget, repeat, representatives(classes));
   } else if (!methods.empty()) {
     for (const std::string& method : methods) {
       std::cout << measure(layer, {method, metrics, {method}}, budget, repeat).dump() << std::endl;

@@ -85,6 +85,27 @@ def test_commands(out, tmp_path):
         done = kvreplay("league", out, "--at", at, "--csv", env=PYTHON)
         assert done.returncode == 0 and done.stdout.startswith("group,unit,budget,at,rank,label,"), done.stderr
         assert ("h2o+moments" in done.stdout) == (at == "bytes")
+    done = kvreplay("league", out, "--best", "--json", env=PYTHON)
+    assert done.returncode == 0, done.stderr
+    assert {(r["class"], r["label"].split("+")[0]) for r in json.loads(done.stdout)} >= {("eviction", "h2o")}
+
+
+def test_tradeoffs(out, tmp_path):
+    done = kvreplay("tradeoffs", out, "--gpu", "h100", "--batches", "1,4", "--contexts", "8k", "--out",
+                    tmp_path / "t.pdf", "--json", env=PYTHON)
+    assert done.returncode == 0 and (tmp_path / "t.pdf").stat().st_size > 1000, done.stderr
+    told = json.loads(done.stdout)
+    full = next(c for c in told["configurations"] if c["label"] == "full")
+    # 16 + 16 numbers of 4 bytes for each of P + 1 to N tokens, of two KV heads in two layers
+    bytes_read = 2 * 2 * 128 * (P + (N - P + 1) / 2)
+    assert full["fidelity"] == 1 and full["bytes_share"] == pytest.approx(1, rel=1e-6)
+    assert full["tpot_us"] == pytest.approx(1e6 * bytes_read / 3.35e12, rel=1e-6)
+    assert full["max_batch"] == 80e9 // bytes_read
+    assert [(w["batch"], w["measured"]) for w in told["winners"]] == [(1, True), (4, True), (1, False), (4, False)]
+    done = kvreplay("tradeoffs", out, "--gpu", "h10", env=PYTHON)
+    assert done.returncode == 0 and "H100-SXM: 3.35 TB/s" in done.stdout, done.stderr
+    done = kvreplay("tradeoffs", out, "--gpu", "v100", env=PYTHON)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("kvreplay tradeoffs: GPU v100")
 
 
 def refused(done, *words):

@@ -221,6 +221,32 @@ def test_spans(full):
     assert set(pick(table, "retention:late", "max", **streaming)) == {1}
 
 
+def test_spans_lose_mass(full):
+    table = rows(full)
+    for label in ("streaming", "h2o"):
+        for q_head in range(4):
+            at = dict(label=label, budget="16", layer=0, kv_head=0, q_head=q_head)
+            lost, late = (pick(table, f"lost_mass:{name}", "mean", **at)[0] for name in ("needle", "late"))
+            assert 0 < lost < pick(table, "evicted_mass", "mean", **at)[0] and 0 < late < 1
+
+
+def test_diagnostics_are_asked_for(trace, full, tmp_path):
+    assert not {row["metric"] for row in rows(full)} & {"future_missed_mass", "churn", "lost_importance"}
+    table = good_run(trace, tmp_path / "out", "-m", "h2o", "full+topk:per=query_head", "-b", "16", "-c", "none",
+                     "--metrics", "error,diagnostics", "--detail", "steps")
+    at = dict(label="h2o", layer=0, kv_head=0, q_head=0)
+    missed, = pick(table, "future_missed_mass", "mean", **at)
+    assert 0 < missed < 1
+    assert [(row["n"], row["n_skipped"]) for row in table if row["metric"] == "future_missed_mass" and
+            row["label"] == "h2o"][0] == (N - P - 1, 1)  # nothing comes after the last step
+    for name in ("top1_agreement", "top16_jaccard"):
+        assert set(pick(table, name, "mean", label="full+topk:per=query_head")) == {1}
+    with h5py.File(tmp_path / "out" / "results.h5") as f:
+        assert list(f["steps/000000/lost_importance"].attrs["steps"]) == [N - P - 1]
+        steps = f["steps/000000/churn"][0]
+    assert np.isnan(steps[0]) and np.allclose(steps[1:], 1 / 17)  # every step drops one of the 17 that were attended
+
+
 def test_projected_errors(trace, full):
     reader = kvtrace.open(trace)
     w_o = reader.w_o(0).astype(float)
@@ -241,6 +267,8 @@ def test_run_json(trace, full):
     assert j["traces"][0]["content_hash"] == kvtrace.content_hash(str(trace))
     assert "open-loop" in j["open_loop"]
     assert j["methods"][METHODS.index("momentkv")]["preset"] == "momentkv"
+    assert [m["class"] for m in j["methods"]] == ["correction" if m == "momentkv" else "selection" if "topk" in m else
+                                                  "encoding" if "kivi" in m else "eviction" for m in METHODS]
 
 
 def test_commas_in_labels(trace, tmp_path):

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "policies/policy.hpp"
+#include "policies/rotation.hpp"
 
 namespace kvreplay::test {
 
@@ -27,6 +28,7 @@ class FakeView final : public Cache {
     MatF q;     // (n_tokens * n_heads, head_dim) softmax scale folded in
   };
   std::vector<Lane> lanes;
+  Rotation rotation;  // what shape() points to: nothing turns, and token i has the position id i
   // Where it is not empty, what attention() gives at this step, by position.
   std::map<Pos, float> script;
 
@@ -41,6 +43,8 @@ class FakeView final : public Cache {
                        random_matrix(n_tokens * n_heads, dim, s + 2)});
     }
     now = prompt_len - 1;
+    rotation.ids.resize(static_cast<std::size_t>(n_tokens));
+    std::iota(rotation.ids.begin(), rotation.ids.end(), 0);
   }
 
   SetShape shape() const {
@@ -52,6 +56,7 @@ class FakeView final : public Cache {
     s.n_tokens = static_cast<Pos>(lanes[0].k.rows());
     s.prompt_len = prompt_len;
     s.budget = budget;
+    s.rotation = &rotation;
     return s;
   }
 

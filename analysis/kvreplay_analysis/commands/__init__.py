@@ -4,6 +4,7 @@ A command prints its result on stdout and raises UsageError, Absent or ResultsEr
 what they need inside `run`, so that a missing package is a sentence of the command line and not a traceback.
 """
 
-from . import compare, explain, figure, league, report, tune
+from . import compare, explain, figure, league, report, tradeoffs, tune
 
-ALL = {"report": report, "figure": figure, "compare": compare, "league": league, "explain": explain, "tune": tune}
+ALL = {"report": report, "figure": figure, "compare": compare, "league": league, "tradeoffs": tradeoffs,
+       "explain": explain, "tune": tune}

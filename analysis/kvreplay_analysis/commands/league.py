@@ -10,6 +10,7 @@ def add(commands):
     parser.add_argument("--trace", help="only these traces, separated by commas")
     parser.add_argument("--head-type", help="only heads of this type: sink, local, retrieval or diffuse")
     parser.add_argument("--gpu", metavar="NAME", help="whose decode latency is estimated")
+    parser.add_argument("--best", action="store_true", help="only the best of each class of method")
     parser.add_argument("--json", action="store_true", help="the table as JSON")
     parser.add_argument("--csv", action="store_true", help="the table as CSV")
 
@@ -19,7 +20,7 @@ def run(asked):
 
     from ..errors import UsageError
     from ..latency import DEFAULT
-    from ..league import league
+    from ..league import best, league
     from ..report import scopes
     from ..results import load
     from ..text import records
@@ -33,13 +34,17 @@ def run(asked):
     if asked.head_type:
         title, scope = f"{title}, {asked.head_type} heads", scope.only(head_type=asked.head_type)
     gpu = asked.gpu or DEFAULT
-    table = league(scope, asked.at, asked.base, gpu=gpu, budget=asked.budget.split(",") if asked.budget else None)
+    budget = asked.budget.split(",") if asked.budget else None
+    table = (best if asked.best else league)(scope, asked.at, asked.base, gpu=gpu, budget=budget)
     if asked.csv:
         print(table.to_csv(index=False, float_format="%.9g", lineterminator="\n"), end="")
     elif asked.json:
         print(json.dumps(records(table), indent=2, ensure_ascii=False))
     else:
-        print(to_text(table, title, gpu))
+        if not asked.best:
+            print(to_text(table, title, gpu) + "\n")
+            table = best(scope, asked.at, asked.base, gpu=gpu, bands=False, budget=budget)
+        print(best_text(table, title))
 
 
 def to_text(table, title, gpu):
@@ -68,4 +73,23 @@ def to_text(table, title, gpu):
                           "-" if r["closed"] != r["closed"] else f"{r['closed']:.3f}", number(r["resident"]),
                           number(r["bytes"]), number(r["bytes_read"]), number(r["latency_us"]), "; ".join(odd)])
         lines += aligned(cells)
+    return "\n".join(lines)
+
+
+def best_text(table, title):
+    from ..league import CLASSES
+    from ..results import GROUPS
+    from ..text import aligned, number
+
+    lines = [f"{title}: the best of each class at equal size, and how far it is from the best oracle"]
+    for group, rows in table.groupby("group", sort=False):
+        unit = rows["unit"].iloc[0]
+        cells = [["near budget", "", "method", "error_output", "distance", "x oracle", "closed", "tokens", "bytes",
+                  "bytes read", "oracle", "its error"]]
+        for r in rows.to_dict("records"):
+            cells.append([f"{r['budget']} ({number(r['at'])} {unit})", CLASSES[r["class"]], r["label"],
+                          number(r["error_output"]), number(r["distance"]), number(r["times_oracle"]),
+                          "-" if r["closed"] != r["closed"] else f"{r['closed']:.3f}", number(r["resident"]),
+                          number(r["bytes"]), number(r["bytes_read"]), r["oracle"] or "-", number(r["oracle_error"])])
+        lines += ["", GROUPS.get(group, group), *aligned(cells)]
     return "\n".join(lines)

@@ -78,7 +78,7 @@ def draw(results, budget=None, style="double", frames=None):
         ax.set_xscale("log")
         ax.set_yscale(scale)
         ax.set_xlabel(title)
-        _ticks(ax.xaxis)
+        short_ticks(ax.xaxis)
         if scale == "log":
             plain_log(ax.yaxis)
         else:
@@ -101,7 +101,8 @@ def draw(results, budget=None, style="double", frames=None):
     return figure
 
 
-def _ticks(axis):
+def short_ticks(axis):
+    """20k, 50k, 100k on a logarithmic axis."""
     low, high = axis.get_view_interval()
     steps = (1, 2, 5) if high < 60 * low else (1, 3) if high < 900 * low else (1,)
     axis.set_major_locator(LogLocator(base=10, subs=steps))
