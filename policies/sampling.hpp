@@ -12,15 +12,18 @@
 namespace kvreplay {
 
 struct SamplingConfig {
-  int sink = 4;
-  int window = 32;
+  Tokens sink{4, false};
+  Tokens window{32, false};
   int obs_window = 32;
 };
 
 class Sampler {
  public:
-  Sampler(const SamplingConfig& config, Pos n_tokens)
-      : config_(config), log_votes_(static_cast<std::size_t>(n_tokens), 0.0) {}
+  Sampler(const SamplingConfig& config, const SetShape& shape)
+      : sink_(config.sink.of(shape.budget)),
+        window_(config.window.of(shape.budget)),
+        obs_window_(config.obs_window),
+        log_votes_(static_cast<std::size_t>(shape.n_tokens), 0.0) {}
 
   // For each slot, its chance to be kept: 1 for the first and the latest tokens, min(1, m a_i / sum a) for the others,
   // with a their attention from the latest queries and m what the budget leaves to them. Sinks and windows never exceed
@@ -32,7 +35,7 @@ class Sampler {
     if (static_cast<int>(n) <= view.budget) {
       return chance;
     }
-    const int sink = std::min(config_.sink, view.budget), window = std::min(config_.window, view.budget - sink);
+    const int sink = std::min(sink_, view.budget), window = std::min(window_, view.budget - sink);
     std::vector<std::size_t> others;
     for (std::size_t i = 0; i < n; ++i) {
       if (view.pos[i] >= sink && view.pos[i] <= view.now - window) {
@@ -62,7 +65,7 @@ class Sampler {
     MatD mass(view.n_lanes * view.n_heads, static_cast<Eigen::Index>(view.pos.size()));
     mass.setZero();
     for (int lane = 0; lane < view.n_lanes; ++lane) {
-      MatD logits = fit_rows(view, lane, config_.obs_window).logits;
+      MatD logits = fit_rows(view, lane, obs_window_).logits;
       for (Eigen::Index i = 0; i < logits.cols(); ++i) {
         logits.col(i).array() += log_votes_[static_cast<std::size_t>(view.pos[static_cast<std::size_t>(i)])];
       }
@@ -78,7 +81,7 @@ class Sampler {
     return reduce_heads(view.group, mass).transpose().array();
   }
 
-  SamplingConfig config_;
+  int sink_, window_, obs_window_;
   std::vector<double> log_votes_;  // (n_tokens)
 };
 

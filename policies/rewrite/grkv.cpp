@@ -27,10 +27,11 @@ class Grkv final : public Rewriter {
       "kept values and keys moved by ridge regression on the prompt's last queries";
   static constexpr std::string_view kPaper = "arXiv:2605.31105";
   static constexpr std::string_view kDeviation =
-      "once, at the prompt's cut; decode queries are the held-out test. With grouped heads the rows of all heads "
+      "Once, at the prompt's cut; decode queries are the held-out test. With grouped heads the rows of all heads "
       "count. "
-      "The paper gives one ridge, used for values and keys, and no number of sinks (sink=4 is ours); the key step's "
-      "equations are solved by conjugate gradients, to 1e-9 or as far as `iterations` go.";
+      "The paper gives one ridge, used for values and keys, and no number of sinks (sink=4 is ours). The key step's "
+      "equations are solved by conjugate gradients, to 1e-9 or as far as iterations go; it follows a slope and can "
+      "overshoot where attention is sharp (keys=false leaves it out).";
   static constexpr std::array kParams{
       number<&Config::queries>("queries", 1, kUnbounded, "last prompt queries that are fitted", Scale::log),
       number<&Config::ridge>("ridge", 1e-9, 1e6, "weight of the distance from the original", Scale::log),

@@ -20,7 +20,7 @@ class InverseChance final : public Rewriter {
   static Needs needs(const Config& c) { return {.prompt_queries = c.obs_window}; }
 
   InverseChance(const Config& config, const SetShape& shape)
-      : sampler_(config, shape.n_tokens), element_bytes_(shape.element_bytes) {}
+      : sampler_(config, shape), element_bytes_(shape.element_bytes) {}
 
   void evicted(Cache& cache, std::span<const int> slots) override {
     const std::vector<double> chance = sampler_.chances(cache);

@@ -22,7 +22,7 @@ class Sample final : public Selector {
   static Needs needs(const Config& c) { return {.prompt_queries = c.obs_window}; }
 
   Sample(const Config& config, const SetShape& shape)
-      : sampler_(config, shape.n_tokens), seed_(shape.seed), layer_(shape.layer), set_(shape.set) {}
+      : sampler_(config, shape), seed_(shape.seed), layer_(shape.layer), set_(shape.set) {}
 
   int surplus(const View& view) const override {
     if (static_cast<int>(view.pos.size()) <= view.budget) {
