@@ -11,8 +11,8 @@ enum class Mode { bernoulli, expected, deterministic };
 constexpr std::string_view kModes[] = {"bernoulli", "expected", "deterministic"};
 enum class Attention { cumulative, decode, current };
 constexpr std::string_view kAttentions[] = {"cumulative", "decode", "current"};
-enum class Against { mean, max };
-constexpr std::string_view kAgainsts[] = {"mean", "max"};
+enum class Against { mean, max, all };
+constexpr std::string_view kAgainsts[] = {"mean", "max", "all"};
 
 class Cam final : public Rewriter {
  public:
@@ -28,11 +28,9 @@ class Cam final : public Rewriter {
       "evicted values added to the next kept ones, with a probability that keeps the numerator right on average";
   static constexpr std::string_view kPaper = "ICML 2024, openreview.net/forum?id=LCTmppB165";
   static constexpr std::string_view kDeviation =
-      "the codes differ: cumulative attention against the mean of 32 (paper) is the default, attention=current the "
-      "Llama "
-      "helper, mode=deterministic the OPT helper, against=max KVCache-Factory, attention=decode kvpress (whose limit "
-      "of "
-      "merged tokens per compression is not built)";
+      "the codes differ: the default is cumulative attention against the mean of 32 (paper); the Llama helper is "
+      "attention=current,against=all, the OPT helper mode=deterministic, KVCache-Factory against=max, kvpress "
+      "attention=decode (its limit of merged tokens per compression is not built)";
   static constexpr std::array kParams{
       number<&Config::window>("window", 1, 65536, "kept tokens after it that share the value", Scale::log),
       choice<&Config::mode>("mode", kModes,
@@ -41,7 +39,9 @@ class Cam final : public Rewriter {
       choice<&Config::attention>("attention", kAttentions,
                                  "cumulative: received since birth; decode: from decode queries alone; current: from "
                                  "this step's queries"),
-      choice<&Config::against>("against", kAgainsts, "what p divides by: mean or maximum of the window's attention"),
+      choice<&Config::against>("against", kAgainsts,
+                               "what p divides by: mean or maximum of the window's attention, or the mean of all kept "
+                               "tokens after it"),
       flag<&Config::prompt>("prompt", "also at the prompt's cut, where so many merges at once were seen to diverge"),
   };
   static Needs needs(const Config& c) {
@@ -67,7 +67,8 @@ class Cam final : public Rewriter {
       for (const int slot : leaving) {
         const auto first = std::upper_bound(staying.begin(), staying.end(), slot);
         const auto n = std::min<std::ptrdiff_t>(config_.window, staying.end() - first);
-        const double share = n > 0 ? share_of(cache, lane, slot, {first, first + n}) : 0;
+        const auto compared = config_.against == Against::all ? staying.end() : first + n;
+        const double share = n > 0 ? share_of(cache, lane, slot, {first, compared}) : 0;
         if (share == 0) {
           continue;
         }

@@ -43,12 +43,11 @@ class KeepKv final : public Rewriter {
       "merges into the most similar survivor with votes on its logit, losing nothing for the query that scored them";
   static constexpr std::string_view kPaper = "arXiv:2504.09936";
   static constexpr std::string_view kDeviation =
-      "paper_zip is the paper's operator, official_convex_votes what the released code stores, soft_votes and additive "
-      "exact operators of ours; alpha and window are an independent port's, since no text reached gives them; with "
-      "several query heads per KV head scores are the heads' mean, so that nothing is exact for each (additive: the "
-      "mass "
-      "is); the released code's windowed scores and the periodic rebuild from a full cache are not built; a logit "
-      "soft-cap is not inverted";
+      "paper_zip is the paper's operator, official_convex_votes what the released code stores, soft_votes and "
+      "additive exact operators of ours; alpha and window are an independent port's, since no text reached gives "
+      "them; with several query heads per KV head scores are the heads' mean, so that nothing is exact for each "
+      "(additive: the mass is); the released code's windowed scores and the periodic rebuild from a full cache are "
+      "not built; a logit soft-cap is not inverted";
   static constexpr std::array kParams{
       choice<&Config::variant>("variant", kVariants,
                                "paper_zip: convex key rescaled in log space; official_convex_votes: convex key, votes "

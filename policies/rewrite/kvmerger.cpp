@@ -26,9 +26,9 @@ class KvMerger final : public Rewriter {
       "evicted neighbours merged around the survivor of their set, keys and values";
   static constexpr std::string_view kPaper = "arXiv:2407.08454";
   static constexpr std::string_view kDeviation =
-      "after two independent ports; the paper's sigma refers to itself, sigma says how to start (rms and two_pass are "
-      "the ports'); a factor on values that one port mentions and cancels is value_scale=size; what lies between two "
-      "survivors is divided at its least similar neighbours";
+      "after two independent ports; the paper's sigma refers to itself, sigma says how to start (rms and two_pass "
+      "are the ports'); a factor on values that one port mentions and cancels is value_scale=size; what lies "
+      "between two survivors is divided at its least similar neighbours";
   static constexpr std::array kParams{
       number<&Config::delta>("delta", -1, 1,
                              "least cosine of neighbours in a set (the paper's 0.75 under other selectors; with "

@@ -19,8 +19,7 @@ class LookM final : public Rewriter {
   static constexpr std::string_view kPaper = "arXiv:2406.18139";
   static constexpr std::string_view kDeviation =
       "pivot and weighted as KVCache-Factory merges, average as the plain mean of all; the paper's text-first "
-      "selection "
-      "is the selector's affair and needs to know which tokens are text; at=always is ours";
+      "selection is the selector's affair and needs to know which tokens are text; at=always is ours";
   static constexpr std::array kParams{
       choice<&Config::weights>(
           "weights", kWeights,

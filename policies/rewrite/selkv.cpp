@@ -19,9 +19,9 @@ class SelKv final : public Rewriter {
       "at the prompt's cut, values merged by window attention inside their bucket, part of the mass given back";
   static constexpr std::string_view kPaper = "arXiv:2607.16213";
   static constexpr std::string_view kDeviation =
-      "after an independent port, there being no code; all kept tokens of the bucket may be targets (the paper: those "
-      "that the head itself chose); attention inside a bucket is softmaxed over its kept tokens, which matters for "
-      "several query heads alone";
+      "after an independent port, there being no code; all kept tokens of the bucket may be targets (the paper: "
+      "those that the head itself chose); attention inside a bucket is softmaxed over its kept tokens, which "
+      "matters for several query heads alone";
   static constexpr std::array kParams{
       number<&Config::obs_window>("obs_window", 1, 65536, "last prompt queries, whose attention weighs", Scale::log),
       number<&Config::bucket>("bucket", 1, 65536, "positions of a bucket", Scale::log),

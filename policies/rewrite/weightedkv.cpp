@@ -18,8 +18,9 @@ class WeightedKv final : public Rewriter {
   static constexpr std::string_view kSummary = "evicted values averaged into the next kept value by mean attention";
   static constexpr std::string_view kPaper = "arXiv:2503.01330";
   static constexpr std::string_view kDeviation =
-      "formula of an independent port, which the abstract agrees with; what the mean attention becomes after a merge "
-      "nobody says (after=keep, after=sum); several that leave at once go in order of position; votes=true is ours";
+      "formula of an independent port, which the abstract agrees with; what the mean attention becomes after a "
+      "merge nobody says (after=keep, after=sum); several that leave at once go in order of position; votes=true is "
+      "ours";
   static constexpr std::array kParams{
       choice<&Config::after>("after", kAfters,
                              "mean attention of the kept token after a merge: keep its own, or the sum of both"),

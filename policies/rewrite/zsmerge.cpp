@@ -23,10 +23,9 @@ class ZsMerge final : public Rewriter {
       "what leaves is averaged into residual slots by votes, which bias logits";
   static constexpr std::string_view kPaper = "arXiv:2503.10714";
   static constexpr std::string_view kDeviation =
-      "defaults of the authors' code; the first cut averages runs of neighbours, later tokens go to the residual slot "
-      "of "
-      "largest product with their key; with another selector than zsmerge_slots the residual slots are the oldest that "
-      "stay";
+      "defaults of the authors' code; the first cut averages runs of neighbours, later tokens go to the residual "
+      "slot of largest product with their key; with another selector than zsmerge_slots the residual slots are the "
+      "oldest that stay";
   static constexpr std::array kParams{
       choice<&Config::metric>("metric", kMetrics, "which residual slot: largest product of keys, or least distance"),
       number<&Config::scale_factor>("scale_factor", 0, 2, "of ln votes on the logit; 0: no mass is given back"),

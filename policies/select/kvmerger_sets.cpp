@@ -21,10 +21,9 @@ class KvMergerSets final : public Selector {
   static constexpr std::string_view kSummary = "one token for each run of neighbours with similar keys";
   static constexpr std::string_view kPaper = "arXiv:2407.08454";
   static constexpr std::string_view kDeviation =
-      "after two independent ports, there being no code; fit=budget joins the most similar neighbours until the budget "
-      "is "
-      "met, which is the limit of the ports' bisection on delta; how many tokens are protected no source read here "
-      "says";
+      "after two independent ports, there being no code; fit=budget joins the most similar neighbours until the "
+      "budget is met, which is the limit of the ports' bisection on delta; how many tokens are protected no source "
+      "read here says";
   static constexpr std::array kParams{
       choice<&Config::fit>("fit", kFits,
                            "budget: as many joins as the budget asks; delta: all neighbours above delta join, and what "

@@ -18,10 +18,9 @@ class ZsMergeSlots final : public Selector {
   static constexpr std::string_view kSummary = "decayed attention, beside residual slots and a tail that never leave";
   static constexpr std::string_view kPaper = "arXiv:2503.10714";
   static constexpr std::string_view kDeviation =
-      "defaults of the authors' code; a residual slot is lent by the token of its run with the highest score; the tail "
-      "slides at once, where the code compares a token one step after it left the tail; the code's choice of how "
-      "scores "
-      "of merged slots add has no effect, since residual slots never compete";
+      "defaults of the authors' code; a residual slot is lent by the token of its run with the highest score; the "
+      "tail slides at once, where the code compares a token one step after it left the tail; the code's choice of "
+      "how scores of merged slots add has no effect, since residual slots never compete";
   static constexpr std::array kParams{
       number<&Config::residual>("residual", 1, kUnbounded, "slots that take in what leaves", Scale::log),
       number<&Config::tail>("tail", 0, kUnbounded, "latest tokens, never evicted (the code: at least 2)", Scale::log),

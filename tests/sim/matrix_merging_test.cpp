@@ -131,6 +131,8 @@ std::vector<Case> cases() {
        reference_cam({3, CamMode::deterministic, CamAttention::current}), h2o},
       {"tova+cam:window=5,attention=decode,against=max",
        reference_cam({5, CamMode::bernoulli, CamAttention::decode, true}), tova},
+      {"streaming+cam:window=3,attention=current,against=all",
+       reference_cam({3, CamMode::bernoulli, CamAttention::current, false, false, true}), elsewhere},
       {"h2o+d2o", reference_d2o(false), h2o},
       {"tova+d2o:weights=paper,alpha=0.3,beta=0.7", reference_d2o(true, 0.3, 0.7), tova},
       {"h2o+weightedkv", reference_weightedkv(false, false), h2o},

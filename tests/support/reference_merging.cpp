@@ -350,19 +350,21 @@ class CamMerger : public ReferenceMerger {
       };
       const std::map<Pos, MergedSlot> old = lane.slots;
       for (const Pos pos : gone) {
-        std::vector<Pos> window;
+        std::vector<Pos> after;
         for (const auto& [other, slot] : old) {
-          if (other > pos && !is_gone(gone, other) && static_cast<int>(window.size()) < set_.window) {
-            window.push_back(other);
+          if (other > pos && !is_gone(gone, other)) {
+            after.push_back(other);
           }
         }
+        std::vector<Pos> window = after;
+        window.resize(std::min(after.size(), static_cast<std::size_t>(set_.window)));
         double sum = 0, most = 0;
-        for (const Pos j : window) {
+        for (const Pos j : set_.all ? after : window) {
           sum += attention(j);
           most = std::max(most, attention(j));
         }
         const double n = static_cast<double>(window.size());
-        const double p = attention(pos) / (set_.max ? most : sum / n);
+        const double p = attention(pos) / (set_.max ? most : sum / (set_.all ? static_cast<double>(after.size()) : n));
         double share = std::min(p, 1.0);
         if (set_.mode == CamMode::deterministic) {
           share = p > 1 + 1e-6 ? 1 : 0;

@@ -63,7 +63,7 @@ struct Cam {
   int window = 32;
   CamMode mode = CamMode::bernoulli;
   CamAttention attention = CamAttention::cumulative;
-  bool max = false, prompt = false;
+  bool max = false, prompt = false, all = false;  // p divides by the window's largest; by the mean of all after it
 };
 MakeMerger reference_cam(const Cam& settings = {});
 MakeMerger reference_weightedkv(bool sum, bool votes);
