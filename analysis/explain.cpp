@@ -516,7 +516,8 @@ class Explain {
     const std::vector<int>& all = recorded_.traces[0].layers;
     const auto allocator = method.allocate->info->allocate(method.allocate->config(all[0]).get());
     const std::vector<int> budgets = allocator->over_layers(
-        {all, trace.n_layers, recorded_.traces[0].prompt_len, tokens_of(run_.budgets[0], recorded_, trace)});
+        {all, trace.n_layers, recorded_.traces[0].prompt_len, tokens_of(run_.budgets[0], recorded_, trace),
+         recorded_.traces[0].n_tokens, head_worth(*method.allocate, all, trace.n_kv_heads)});
     if (std::adjacent_find(budgets.begin(), budgets.end(), std::not_equal_to<>()) != budgets.end()) {
       throw ConfigError("--layers: " + method.label +
                         " spreads its budget over all layers of the run, and would have another one on fewer; leave "

@@ -180,6 +180,9 @@ std::string needs_text(const PartInfo& part) {
   if (n.pre_rope) {
     add("keys and queries before RoPE");
   }
+  if (n.spans) {
+    add("named spans of tokens");
+  }
   return text;
 }
 

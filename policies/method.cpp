@@ -336,7 +336,8 @@ void refuse_combinations(const Method& m) {
   const auto refuse = [&](const std::string& why) { throw ConfigError(m.label + ": " + why); };
   if (m.allocate) {
     const std::string name = quoted(m.allocate->info->name);
-    const bool over_sets = m.allocate->info->allocate(configs(*m.allocate).front().get())->over_sets();
+    const auto allocator = m.allocate->info->allocate(configs(*m.allocate).front().get());
+    const bool over_sets = allocator->over_sets();
     if (!m.select.info->budgeted(configs(m.select).front().get())) {
       refuse("allocator " + name + " has nothing to spread, because " + select + " has no budget");
     }
@@ -344,13 +345,19 @@ void refuse_combinations(const Method& m) {
       refuse("allocator " + name + " spreads a budget over the heads of a layer, but with scope=layer " + select +
              " keeps one set for all of them; write scope=kv_head or scope=query_head");
     }
-    if (over_sets && pinned) {
+    if ((over_sets || allocator->ranks_tokens()) && pinned) {
       refuse("allocator " + name + " spreads a budget by the prompt's scores, but the prompt is pinned; " + unpin);
     }
   }
   if (m.read && pinned) {
     refuse("reader " + quoted(m.read->info->name) + " chooses among all resident tokens, but the prompt is pinned; " +
            unpin);
+  }
+  for (const auto* part : {&m.read, &m.rewrite}) {
+    if (*part && (*part)->info->across_heads && m.traits.scope != Scope::layer) {
+      refuse(std::string(kRoleNames[static_cast<int>((*part)->info->role)]) + " " + quoted((*part)->info->name) +
+             " joins the KV heads of a layer, so they need one set; write scope=layer at " + select);
+    }
   }
   if (pinned && m.traits.decode == Decode::grow) {
     refuse("with pool=decode and decode=grow nothing would ever be evicted; write decode=evict");
@@ -531,6 +538,7 @@ Needs Method::needs(std::span<const PartUse> compensators) const {
             n.prompt_queries == Needs::kAll ? Needs::kAll : std::max(all.prompt_queries, n.prompt_queries);
       }
       all.pre_rope = all.pre_rope || n.pre_rope;
+      all.spans = all.spans || n.spans;
       all.future_attention = all.future_attention || n.future_attention;
       all.future_outputs = all.future_outputs || n.future_outputs;
       if (!n.scores.empty()) {
@@ -590,6 +598,17 @@ Method parse_method(const std::string& text, const TableReader& read_table) {
     }
   }
   return m;
+}
+
+MatD head_worth(const PartUse& allocator, std::span<const int> layers, int n_kv_heads) {
+  MatD worth(std::ssize(layers), n_kv_heads);
+  for (Eigen::Index l = 0; l < worth.rows(); ++l) {
+    for (int h = 0; h < n_kv_heads; ++h) {
+      const auto config = allocator.config(layers[static_cast<std::size_t>(l)], h);
+      worth(l, h) = allocator.info->allocate(config.get())->worth();
+    }
+  }
+  return worth;
 }
 
 PartUse parse_part(const std::string& text, Role role, const TableReader& read_table) {

@@ -74,6 +74,9 @@ struct Method {
 // ConfigError names the offending piece, what is allowed and the nearest valid name.
 Method parse_method(const std::string& text, const TableReader& read_table = {});
 
+// Allocator::Layers::worth of these layers.
+MatD head_worth(const PartUse& allocator, std::span<const int> layers, int n_kv_heads);
+
 // One part by itself, as --compensators takes it; ConfigError if it does not play this role.
 PartUse parse_part(const std::string& text, Role role, const TableReader& read_table = {});
 // The part's canonical text: defaults omitted, keys in table order.

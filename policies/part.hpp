@@ -14,8 +14,9 @@ struct PartInfo {
   std::string_view name, summary, paper, deviation;
   Role role;
   Foresight foresight;
-  bool is_default;  // says in words what happens without a part of its role
-  bool merges;      // a rewriter that takes tokens in as they leave; the others encode
+  bool is_default;    // says in words what happens without a part of its role
+  bool across_heads;  // joins the KV heads of a layer, so that scope=layer is all it can work with
+  bool merges;        // a rewriter that takes tokens in as they leave; the others encode
   std::span<const ParamInfo> params;
 
   // A Config, type-erased: default values, then the user's through ParamInfo::set.
@@ -36,7 +37,8 @@ struct PartInfo {
 };
 
 // Builds a PartInfo from a class P with a nested Config and statics kName, kSummary, kPaper, kDeviation, kParams, and
-// optionally traits(Config), needs(Config), budgeted(Config), check(Config, budget), kForesight, kIsDefault.
+// optionally traits(Config), needs(Config), budgeted(Config), check(Config, budget), kForesight, kIsDefault,
+// kAcrossHeads.
 template <class P>
 constexpr PartInfo describe() {
   using Config = typename P::Config;
@@ -48,6 +50,9 @@ constexpr PartInfo describe() {
   info.params = P::kParams;
   if constexpr (requires { P::kIsDefault; }) {
     info.is_default = P::kIsDefault;
+  }
+  if constexpr (requires { P::kAcrossHeads; }) {
+    info.across_heads = P::kAcrossHeads;
   }
   info.foresight = Foresight::none;
   if constexpr (requires { P::kForesight; }) {

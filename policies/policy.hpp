@@ -47,6 +47,7 @@ struct Needs {
   std::string evicted_at;         // a file of recorded evictions
   bool future_attention = false;  // Future::attention_to_come: oracles only
   bool future_outputs = false;    // Future::horizon: oracles only
+  bool spans = false;             // named spans of tokens
 };
 
 // A named range of the trace's tokens, such as an instruction or a needle.
@@ -70,6 +71,7 @@ struct SetShape {
   std::uint64_t seed = 0;
   const Rotation* rotation = nullptr;     // nullptr if the trace does not say; there where Needs::pre_rope asked for it
   std::span<const TokenSpan> spans = {};  // of the trace
+  bool exact_scores = false;              // all scores are compared, not only those of the lowest
   // Where the part asked for them (Needs): per lane (n_tokens) external scores; (n_tokens) first decode step without.
   std::vector<std::vector<float>> scores;
   std::vector<std::int32_t> evicted_at;
@@ -153,6 +155,8 @@ class OracleSelector : public Selector {
 class Reader {
  public:
   virtual ~Reader() = default;
+  // Once, at the last prompt token, after the cut and before anything is rewritten.
+  virtual void prefill(const View&) {}
   virtual void choose(const View&, int lane, int head, std::vector<int>& slots) = 0;
   // Beyond the slots themselves, per KV head at a cache of n slots: what is kept, and what is read to choose.
   virtual double metadata_bytes(int /*n_slots*/) const { return 0; }
@@ -177,13 +181,24 @@ class Allocator {
     int n_layers = 0;            // of the model
     Pos prompt_len = 0;
     int budget = 0;
+    Pos n_tokens = 0;  // of the run
+    MatD worth = {};   // (layers of the run, KV heads) what the allocators made for them say
   };
+  // What one KV head is worth to the allocator made with its layer's and head's values.
+  virtual double worth() const { return 1; }
   virtual std::vector<int> over_layers(const Layers& l) const { return std::vector<int>(l.index.size(), l.budget); }
-  // True if sets of one layer get different budgets, from their scores at the prompt's cut.
+  // Budgets of the KV heads of the run's `layer`-th layer, each for every set of the head: (KV heads); empty: all
+  // alike.
+  virtual std::vector<int> over_heads(const Layers&, std::size_t /*layer*/) const { return {}; }
+  // True if sets of one layer get different budgets: from over_heads, else from their scores at the prompt's cut.
   virtual bool over_sets() const { return false; }
   virtual std::vector<int> assign(const std::vector<std::vector<float>>& /*scores*/, int /*mean_budget*/) const {
     return {};
   }
+  // ConfigError where the trace's spans or the budget of a set do not suit it.
+  virtual void check_spans(std::span<const TokenSpan>, Pos /*prompt_len*/, int /*budget*/) const {}
+  // True if over_tokens compares scores with each other.
+  virtual bool ranks_tokens() const { return false; }
   // Spreads a set's budget over its tokens: may raise or lower scores that a selector gave, before the n_drop lowest
   // leave.
   virtual void over_tokens(const View&, std::span<const TokenSpan> /*spans*/, int /*n_drop*/,
@@ -196,6 +211,7 @@ class Allocator {
 struct Loss {
   int step;  // of the block: the first that misses the token; the next block's first at most
   const float *k, *v;
+  Pos pos = 0;  // of the token
 };
 struct Estimate {
   Eigen::ArrayXd log_mass;  // (rows) ln of the estimated evicted mass with unshifted logits; -inf: nothing to add
@@ -216,6 +232,7 @@ struct PromptCut {
   int n_heads;
   MatF retained_k, evicted_k;  // (tokens, head_dim)
   MatF retained_v, evicted_v;  // (tokens, v_head_dim)
+  std::vector<Pos> evicted = {};  // positions of the evicted
 };
 struct MomentNeeds;
 class Compensator {

@@ -268,7 +268,8 @@ void Meter::show_prompt(const Set& set, const Lane& lane) {
                   .retained_k = rows_of(layer_.k[std::size_t(lane.kv_head)], retained),
                   .evicted_k = rows_of(layer_.k[std::size_t(lane.kv_head)], evicted),
                   .retained_v = rows_of(layer_.v[std::size_t(lane.kv_head)], retained),
-                  .evicted_v = rows_of(layer_.v[std::size_t(lane.kv_head)], evicted)};
+                  .evicted_v = rows_of(layer_.v[std::size_t(lane.kv_head)], evicted),
+                  .evicted = evicted};
     for (Eigen::Index r = 0; r < cut.q.rows(); ++r) {
       cut.q.row(r) = queries.row(r / set.n_heads * layer_.group_size + lane.first_head + r % set.n_heads);
     }
@@ -381,7 +382,7 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
   for (std::size_t i = lane.n_measured; i < lane.evicted.size(); ++i) {
     const auto [token, missing_from] = lane.evicted[i];
     losses.push_back({std::max(0, missing_from - e.begin), layer_.k[lane.kv_head].row(token).data(),
-                      layer_.v[lane.kv_head].row(token).data()});
+                      layer_.v[lane.kv_head].row(token).data(), token});
   }
   std::vector<Estimate> estimates(compensators_.size());
   if (moments_) {

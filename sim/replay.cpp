@@ -201,7 +201,7 @@ class Replay {
     }
     if (m.allocate) {
       r.allocator = m.allocate->info->allocate(m.allocate->config(layer_.index).get());
-      r.to_allocate = r.allocator->over_sets();
+      r.to_allocate = r.allocator->over_sets() && r.job->head_budgets.empty();
     }
     const SetPlan plan{.select = &m.select,
                        .read = m.read ? &*m.read : nullptr,
@@ -214,6 +214,10 @@ class Replay {
     const int n = Set::count(layer_, m.traits.scope);
     for (int i = 0; i < n; ++i) {
       r.sets.push_back(std::make_unique<Set>(shared_, plan, i));
+      if (!r.job->head_budgets.empty()) {
+        Set& set = *r.sets.back();
+        set.budget = std::max(1, r.job->head_budgets[std::size_t(set.lanes[0].kv_head)]);
+      }
     }
     r.seconds.assign(std::size_t(n), 0);
     add_series(cell, layer_, options_, m.traits.scope == Scope::query_head ? layer_.n_heads : layer_.n_kv_heads);

@@ -12,7 +12,8 @@ namespace kvreplay {
 // A method at one budget: what a cell is made of beside its layer.
 struct Job {
   const Method* method = nullptr;
-  int budget = 1;  // tokens per set, mean over the layer
+  int budget = 1;                      // tokens per set, mean over the layer
+  std::vector<int> head_budgets = {};  // per KV head, for each of its sets; empty: all alike, or as their scores say
   // Recorded evictions for `given:evicted_at`, per set (n_tokens).
   const std::vector<std::vector<std::int32_t>>* evicted_at = nullptr;
 };

@@ -226,6 +226,9 @@ class Run {
           if (needs.pre_rope && !(info.rope.present && info.rope.invertible)) {
             throw ConfigError(who + "keys before RoPE, but the trace has no invertible /model/rope");
           }
+          if (needs.spans && info.spans.empty()) {
+            throw ConfigError(who + "named spans of tokens, but the trace has none; kvtrace.py writes them");
+          }
           const auto names = input->reader.score_names(layer);
           if (!needs.scores.empty() && std::find(names.begin(), names.end(), needs.scores) == names.end()) {
             throw ConfigError(fmt::format(
@@ -262,6 +265,9 @@ class Run {
         m.check(budget, m.prefill_budget.unit == Budget::Unit::none
                             ? 0
                             : tokens(input, m, m.prefill_budget, m.prefill_traits.scope));
+        if (m.allocate) {
+          allocator_of(input, m)->check_spans(spans_of(input), input.prompt_len, budget);
+        }
       }
       return true;
     } catch (const ConfigError& e) {
@@ -316,16 +322,37 @@ class Run {
     return budget.tokens(input.prompt_len, slot_bytes(info), state, scope == Scope::query_head ? info.group_size : 1);
   }
 
-  // Tokens per set, mean over a layer's sets, for each layer of the trace in the run.
-  std::vector<int> layer_budgets(const Input& input, const Column& c) const {
+  static std::unique_ptr<Allocator> allocator_of(const Input& input, const Method& m) {
+    return m.allocate->info->allocate(m.allocate->config(input.layers[0]).get());
+  }
+
+  static std::vector<TokenSpan> spans_of(const Input& input) {
+    std::vector<TokenSpan> spans;
+    for (const Span& s : input.reader.info().spans) {
+      spans.push_back({s.name, s.begin, s.end});
+    }
+    return spans;
+  }
+
+  // What an allocator divides: `budget` tokens per set in each layer of the trace in the run.
+  static Allocator::Layers to_divide(const Input& input, const Method& m, int budget) {
     const TraceInfo& info = input.reader.info();
-    const int n = c.budget.unit == Budget::Unit::none ? input.n_tokens
-                                                      : tokens(input, *c.method, c.budget, c.method->traits.scope);
+    return {input.layers, info.n_layers,  input.prompt_len,
+            budget,       input.n_tokens, head_worth(*m.allocate, input.layers, info.n_kv_heads)};
+  }
+
+  static int asked_budget(const Input& input, const Column& c) {
+    return c.budget.unit == Budget::Unit::none ? input.n_tokens
+                                               : tokens(input, *c.method, c.budget, c.method->traits.scope);
+  }
+
+  // Tokens per set, mean over a layer's sets, for each layer of the trace in the run.
+  static std::vector<int> layer_budgets(const Input& input, const Column& c) {
+    const int n = asked_budget(input, c);
     if (!c.method->allocate) {
       return std::vector<int>(input.layers.size(), n);
     }
-    const auto allocator = c.method->allocate->info->allocate(c.method->allocate->config(input.layers[0]).get());
-    return allocator->over_layers({input.layers, info.n_layers, input.prompt_len, n});
+    return allocator_of(input, *c.method)->over_layers(to_divide(input, *c.method, n));
   }
 
   // Recorded evictions of one layer: (n_sets, tokens of the run). The file has all of the trace's.
@@ -449,6 +476,10 @@ class Run {
       for (std::size_t i = 0; i < n; ++i) {
         const Column& c = columns_[first + i];
         Job job{.method = c.method, .budget = layer_budgets(input, c)[l], .evicted_at = nullptr};
+        if (c.method->allocate) {
+          job.head_budgets =
+              allocator_of(input, *c.method)->over_heads(to_divide(input, *c.method, asked_budget(input, c)), l);
+        }
         if (const std::string path = c.method->needs().evicted_at; !path.empty()) {
           recorded[i] = read_evicted_at(input, *c.method, path, layer);
           job.evicted_at = &recorded[i];

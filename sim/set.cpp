@@ -8,6 +8,7 @@ namespace kvreplay {
 namespace {
 
 constexpr double kUsableMass = 1e-30;  // of a row's largest weight; below, weights say nothing about each other
+constexpr float kMostLead = 70;        // of a rewritten slot's logit over the row's largest: beyond, it is all there is
 constexpr double kStaleMass = 1e-4;    // a running sum that shrank this far is summed anew
 
 }  // namespace
@@ -43,6 +44,7 @@ Set::Set(Shared& shared, const SetPlan& plan, int index)
   shape.n_heads = n_heads;
   shape.budget = budget;
   shape.seed = plan.seed;
+  shape.exact_scores = plan.allocate != nullptr && plan.allocate->ranks_tokens();
   const auto config = [&](const PartUse& use) { return use.config(l.index, lanes[0].kv_head); };
   const auto select_config = config(*plan.select);
   const Needs needs = plan.select->info->needs(select_config.get());
@@ -380,7 +382,7 @@ void Set::rewrite(int lane_index, int slot, const Eigen::VectorXf& k, const Eige
     Eigen::Map<Eigen::ArrayXf> tail(w.data() + from, n);
     tail = (layer().queries(lane.kv_head, e.begin + effect_, n_steps - effect_) * k).array();
     soft_cap(layer().logit_softcap, tail);
-    tail = (tail + new_bias - e.max_logit.tail(n)).exp();
+    tail = (tail + new_bias - e.max_logit.tail(n)).min(kMostLead).exp();
     weights = w.data();
   }
   end_column(lane, lane.slots[slot].column);
@@ -414,7 +416,7 @@ void Set::attach_stored(Lane& lane) {
     const float* weights = e.weights.row(positions_[i]).data();
     if (own->own_logits) {
       auto row = w.row(j++).transpose().array();
-      row = (row + own->bias - e.max_logit).exp();
+      row = (row + own->bias - e.max_logit).min(kMostLead).exp();
       weights = row.data();
     }
     end_column(lane, lane.slots[i].column);
@@ -603,6 +605,9 @@ void Set::prefill_scores(std::vector<float>& scores) {
 
 void Set::prefill_evict(std::vector<float>& scores) {
   evict(scores);
+  if (read_) {
+    read_->prefill(*this);
+  }
   if (rewrite_) {
     rewrite_->step(*this);
   }

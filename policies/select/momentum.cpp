@@ -9,23 +9,30 @@ class Momentum final : public Selector {
  public:
   struct Config {
     double alpha = 0.97;
+    bool value_norm = false;
   };
   static constexpr std::string_view kName = "momentum";
   static constexpr std::string_view kSummary = "decayed sum of the attention that decode tokens receive";
   static constexpr std::string_view kPaper = "arXiv:2605.29873";
   static constexpr std::string_view kDeviation =
-      "alpha is one value (the paper searches it per model, task and budget: 0.2 to 0.98); with "
-      "pool=all the "
-      "prompt is cut by the attention of its last query";
+      "alpha is one value (the paper searches it per model, task and budget: 0.2 to 0.98; behind a "
+      "prompt cut to 2048 tokens by SnapKV or PyramidKV 0.97); with pool=all the prompt is cut by "
+      "the attention of its last query; a pass of several tokens is that many steps, as the trace "
+      "has them; interval=n evicts with a lag, which the paper does not";
   static constexpr std::array kParams{
       number<&Config::alpha>("alpha", 0, 1, "decay of the sum per step: 0 is TOVA, 1 is H2O without a window",
                              Scale::one_minus),
+      flag<&Config::value_norm>("value_norm",
+                                "attention counts times the norm of the token's value, mean over the KV heads, as in "
+                                "VATP: an ablation, not the paper"),
   };
   static Traits traits(const Config&) { return {.scope = Scope::layer, .pool = Pool::decode}; }
   static Needs needs(const Config&) { return {.prompt_queries = 1}; }
 
   Momentum(const Config& config, const SetShape& shape)
-      : alpha_(config.alpha), importance_(static_cast<std::size_t>(shape.n_tokens), 0.0) {}
+      : alpha_(config.alpha),
+        importance_(static_cast<std::size_t>(shape.n_tokens), 0.0),
+        norm_(config.value_norm ? static_cast<std::size_t>(shape.n_tokens) : 0, -1.0) {}
 
   void prefill(const View& view) override {
     if (!view.pos.empty()) {
@@ -36,9 +43,13 @@ class Momentum final : public Selector {
   void observe(const View& view) override {
     attn_.resize(view.pos.size());
     view.attention(attn_);
+    for (std::size_t i = 0; i < view.rewritten.size() && !norm_.empty(); ++i) {
+      norm_[static_cast<std::size_t>(view.rewritten[i])] = -1;
+    }
     for (std::size_t i = 0; i < attn_.size(); ++i) {
-      double& importance = importance_[static_cast<std::size_t>(view.pos[i])];
-      importance = alpha_ * importance + static_cast<double>(attn_[i]);  // Eq. 5: no factor 1 - alpha
+      const auto pos = static_cast<std::size_t>(view.pos[i]);
+      const double attention = static_cast<double>(attn_[i]) * (norm_.empty() ? 1 : norm(view, static_cast<int>(i)));
+      importance_[pos] = alpha_ * importance_[pos] + attention;  // Eq. 5: no factor 1 - alpha
     }
   }
 
@@ -49,8 +60,20 @@ class Momentum final : public Selector {
   }
 
  private:
+  double norm(const View& view, int slot) {
+    double& norm = norm_[static_cast<std::size_t>(view.pos[static_cast<std::size_t>(slot)])];
+    if (norm < 0) {
+      norm = 0;
+      for (int lane = 0; lane < view.n_lanes; ++lane) {
+        norm += static_cast<double>(view.value(lane, slot).norm()) / view.n_lanes;
+      }
+    }
+    return norm;
+  }
+
   double alpha_;
   std::vector<double> importance_;  // (n_tokens)
+  std::vector<double> norm_;        // (n_tokens) of the value, -1: to be computed; empty without value_norm
   std::vector<float> attn_;         // (n_slots)
 };
 

@@ -8,21 +8,31 @@
 #include <numeric>
 
 #include "policies/column_mass.hpp"
-#include "policies/moments.hpp"
+#include "policies/look_ahead.hpp"
 #include "policies/part.hpp"
 #include "policies/protect.hpp"
+#include "policies/residuals.hpp"
 
 namespace kvreplay {
 namespace {
+
+enum class Prefill { rerank, attention, rounds };
+constexpr std::string_view kPrefills[] = {"rerank", "attention", "rounds"};
+enum class Score { residual, lookahead };
+constexpr std::string_view kScores[] = {"residual", "lookahead"};
 
 class Residual final : public Selector {
  public:
   struct Config {
     Tokens sink{1, false}, window{8, false}, obs_window{32, false};
+    Prefill prefill = Prefill::rerank;
     int rerank = 1;
+    int rounds = 8;
     int chunk = 1;
     double ewma = 0;
     bool accumulate_prefill = true;
+    Score score = Score::residual;
+    int queries = 1;
   };
   static constexpr std::string_view kName = "residual";
   static constexpr std::string_view kSummary =
@@ -32,27 +42,55 @@ class Residual final : public Selector {
       "The paper's decode step protects nothing (window=0) and scores the prompt in chunks of 4 "
       "(chunk=4). How it applies the score to the prompt, and how it reduces a query group, it "
       "does not say: here the prompt is cut by attention, then ranked again with the moments of "
-      "that cut (rerank=0: by attention alone), and the group's mean attention counts. Moments "
+      "that cut (prefill=attention: by attention alone; prefill=rounds: it leaves in rounds, each "
+      "ranked by the moments of those before), and the group's mean attention counts. Moments "
       "are float32, centred, and never stale. In layer scope the lanes' residuals are one long "
-      "vector.";
+      "vector. score=lookahead is ours: the exact change of the corrected output.";
   static constexpr std::array kParams = {
       number<&Config::sink>("sink", 0, kUnbounded, "first tokens that are never evicted"),
       number<&Config::window>("window", 0, kUnbounded, "latest tokens never evicted during decode; 0 = the paper"),
       number<&Config::obs_window>("obs_window", 1, kUnbounded,
                                   "last prompt tokens: they vote on the prompt and survive its cut"),
+      choice<&Config::prefill>("prefill", kPrefills,
+                               "rerank: attention cuts the prompt, then the residual under the moments of that cut "
+                               "ranks it again; attention: attention alone; rounds: the prompt leaves in rounds"),
       number<&Config::rerank>("rerank", 0, 8, "times the prompt is ranked again by the residual; 0 = attention alone"),
+      number<&Config::rounds>("rounds", 1, 256,
+                              "with prefill=rounds: equal shares in which the prompt's surplus leaves, the first by "
+                              "attention times |v|; no source gives a number",
+                              Scale::log),
       number<&Config::chunk>("chunk", 1, 64, "adjacent prompt tokens that share their mean score; 4 = the paper"),
       number<&Config::ewma>("ewma", 0, 0.9999, "decay of averaged attention; 0 = current queries only, the paper",
                             Scale::one_minus),
       flag<&Config::accumulate_prefill>(
           "accumulate_prefill",
           "tokens that it cuts from the prompt enter the moments; those that a selector before a / cuts never do"),
+      choice<&Config::score>("score", kScores,
+                             "of decode tokens; residual: the paper; lookahead: how much the output corrected by "
+                             "moments changes if the token joins the evicted (a pinned prompt left out)"),
+      number<&Config::queries>("queries", 1, 1024,
+                               "with score=lookahead: last queries that it is averaged over, for each token those "
+                               "that saw it",
+                               Scale::log),
   };
   static Traits traits(const Config&) { return {.evict = Order::before_attention}; }
   static Needs needs(const Config& config) {
     // A percentage is of a budget that is not known here, and no budget needs more than the whole
     // prompt.
-    return {.prompt_queries = config.obs_window.percent ? Needs::kAll : config.obs_window.of(0)};
+    if (config.obs_window.percent) {
+      return {.prompt_queries = Needs::kAll};
+    }
+    return {.prompt_queries = std::max(config.obs_window.of(0), config.queries - 1)};
+  }
+  static void check(const Config& c, int) {
+    if (c.score == Score::lookahead && c.ewma > 0) {
+      throw ConfigError(
+          "residual: ewma averages attention, which score=lookahead does not use; average it with queries");
+    }
+    if (c.score == Score::residual && c.queries > 1) {
+      throw ConfigError("residual: queries=" + std::to_string(c.queries) +
+                        " needs score=lookahead; score=residual averages attention with ewma");
+    }
   }
 
   Residual(const Config& config, const SetShape& shape)
@@ -61,8 +99,9 @@ class Residual final : public Selector {
         sink_(config.sink.of(shape.budget)),
         window_(config.window.of(shape.budget)),
         obs_window_(std::max(1, config.obs_window.of(shape.budget))),
+        exact_(shape.exact_scores),
         moments_(static_cast<std::size_t>(shape.n_lanes), Moments(shape.head_dim, shape.v_head_dim)),
-        known_(static_cast<std::size_t>(shape.n_tokens)),
+        tracker_(shape.n_tokens, shape.scale),
         attention_(config.ewma > 0 ? static_cast<std::size_t>(shape.n_tokens) : 0) {}
 
   void prefill(const View& view) override {
@@ -77,7 +116,7 @@ class Residual final : public Selector {
   }
 
   void observe(const View& view) override {
-    forget(view);
+    tracker_.forget(view);
     average(view);
   }
 
@@ -86,8 +125,13 @@ class Residual final : public Selector {
       score_prompt(view, out);
       return;
     }
-    forget(view);
+    tracker_.forget(view);
     average(view);
+    if (config_.score == Score::lookahead && moments_.front().n > 0) {
+      score_ahead(view, out);
+      protect(view, sink_, window_, out);
+      return;
+    }
     if (config_.ewma > 0) {
       for (std::size_t i = 0; i < out.size(); ++i) {
         const Average& a = attention_[at(view.pos[i])];
@@ -97,74 +141,107 @@ class Residual final : public Selector {
       view.attention(out);
     }
     protect(view, sink_, window_, out);
-    if (at_look_.empty()) {
-      look(view);
-    }
-    learn(view);
-    judge(view, out);
+    tracker_.score(view, moments_, exact_ ? 0 : surplus(view), out);
   }
 
   void evicted(const View& view, std::span<const int> slots) override {
-    constexpr std::size_t kFew = 8;  // more at once are cheaper merged than one by one
     if (view.at_prefill()) {
       votes_ = {};
-    }
-    if (view.at_prefill() && !config_.accumulate_prefill) {
-      return;
-    }
-    if (slots.size() > kFew) {
-      accumulate(view, slots, moments_);
-      return;
-    }
-    for (std::size_t lane = 0; lane < moments_.size(); ++lane) {
-      for (int slot : slots) {
-        moments_[lane].add(view.key(static_cast<int>(lane), slot), view.value(static_cast<int>(lane), slot));
+      if (!config_.accumulate_prefill) {
+        return;
       }
     }
+    accumulate(view, slots, moments_);
   }
 
  private:
-  // Of a token under the moments of the last look, lanes together.
-  struct Known {
-    float residual = -1;  // |v - v_mean - M k|; -1: to be computed
-    float reach = 0;      // |k - k_mean|
-  };
   struct Average {
     float sum = 0, weight = 0;
   };
-  static std::size_t at(Pos pos) { return static_cast<std::size_t>(pos); }
+  static std::size_t at(std::ptrdiff_t i) { return static_cast<std::size_t>(i); }
 
-  float step_size(const Moments& m) const { return m.n > 0 ? scale_ / static_cast<float>(m.n) : 0; }
-
-  // P2: cut by votes, then rank by votes and residual under the moments of that cut.
-  void score_prompt(const View& view, std::span<float> out) {
+  void score_prompt(const View& view, std::span<float> out) const {
     std::vector<float> votes(out.size());
     for (std::size_t i = 0; i < out.size(); ++i) {
       votes[i] = votes_[at(view.pos[i])];
     }
+    if (config_.prefill == Prefill::rounds) {
+      score_in_rounds(view, votes, out);
+      return;
+    }
     std::copy(votes.begin(), votes.end(), out.begin());
     finish_prompt(view, out);
-    std::vector<float> residuals(out.size());
     std::vector<int> slots(out.size());
-    for (int round = 0; round < config_.rerank; ++round) {
+    for (int round = 0; round < (config_.prefill == Prefill::rerank ? config_.rerank : 0); ++round) {
       std::iota(slots.begin(), slots.end(), 0);
       const auto n_out = std::clamp<std::ptrdiff_t>(surplus(view), 0, std::ssize(slots));
-      std::nth_element(slots.begin(), slots.begin() + n_out, slots.end(), [&](int a, int b) {
-        const float x = out[at(a)], y = out[at(b)];
-        return x < y || (x == y && a < b);
-      });
-      std::sort(slots.begin(), slots.begin() + n_out);
-      std::vector<Moments> cut(moments_.size(), Moments(view.head_dim, view.v_head_dim));
+      lowest_first(slots, n_out, out);
+      LaneMoments cut = no_moments(view);
       if (config_.accumulate_prefill) {
-        accumulate(view, std::span(slots).first(static_cast<std::size_t>(n_out)), cut);
+        accumulate(view, std::span(slots).first(at(n_out)), cut);
       }
-      std::iota(slots.begin(), slots.end(), 0);
-      compute(view, slots, cut, residuals);
-      for (std::size_t i = 0; i < out.size(); ++i) {
-        out[i] = votes[i] * residuals[i];
-      }
-      finish_prompt(view, out);
+      score_by(view, votes, cut, out);
     }
+  }
+
+  // The surplus leaves in equal shares, each ranked by the moments of those before it. A token keeps the score at
+  // which it left, but for being below all that stayed longer.
+  void score_in_rounds(const View& view, std::span<const float> votes, std::span<float> out) const {
+    std::vector<int> slots(out.size());
+    std::iota(slots.begin(), slots.end(), 0);
+    const auto n_out = std::clamp<std::ptrdiff_t>(surplus(view), 0, std::ssize(slots));
+    std::vector<float> left_at(out.size());  // of a slot that left: its score then
+    LaneMoments gone = no_moments(view);
+    std::vector<std::ptrdiff_t> ends;
+    for (std::ptrdiff_t round = 0, begin = 0; round < config_.rounds; ++round) {
+      score_by(view, votes, gone, out);
+      const std::ptrdiff_t end = n_out * (round + 1) / config_.rounds;
+      const auto share = std::span(slots).subspan(at(begin));
+      lowest_first(share, end - begin, out);
+      for (int slot : share.first(at(end - begin))) {
+        left_at[at(slot)] = out[at(slot)];
+      }
+      if (config_.accumulate_prefill) {
+        accumulate(view, share.first(at(end - begin)), gone);
+      }
+      ends.push_back(begin = end);
+    }
+    float bound = std::numeric_limits<float>::infinity();
+    for (std::size_t i = at(n_out); i < slots.size(); ++i) {
+      bound = std::min(bound, out[at(slots[i])]);
+    }
+    for (auto end = std::ssize(ends); end-- > 0;) {
+      const float below = std::nextafter(bound, -std::numeric_limits<float>::infinity());
+      for (auto i = end > 0 ? ends[at(end - 1)] : 0; i < ends[at(end)]; ++i) {
+        float& score = out[at(slots[at(i)])] = std::min(left_at[at(slots[at(i)])], below);
+        bound = std::min(bound, score);
+      }
+    }
+  }
+
+  LaneMoments no_moments(const View& view) const {
+    return LaneMoments(moments_.size(), Moments(view.head_dim, view.v_head_dim));
+  }
+
+  // Brings the n lowest of these slots to the front, in order of position.
+  static void lowest_first(std::span<int> slots, std::ptrdiff_t n, std::span<const float> score) {
+    std::nth_element(slots.begin(), slots.begin() + n, slots.end(), [&](int a, int b) {
+      const float x = score[at(a)], y = score[at(b)];
+      return x < y || (x == y && a < b);
+    });
+    std::sort(slots.begin(), slots.begin() + n);
+  }
+
+  void score_by(const View& view, std::span<const float> votes, const LaneMoments& moments,
+                std::span<float> out) const {
+    std::vector<int> all(out.size());
+    std::iota(all.begin(), all.end(), 0);
+    std::vector<float> found(out.size());
+    residuals(view, all, moments, scale_, found);
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      out[i] = votes[i] * found[i];
+    }
+    finish_prompt(view, out);
   }
 
   void finish_prompt(const View& view, std::span<float> out) const {
@@ -177,157 +254,38 @@ class Residual final : public Selector {
     protect(view, sink_, obs_window_, out);
   }
 
-  static void accumulate(const View& view, std::span<const int> slots, std::vector<Moments>& into) {
-    constexpr std::size_t kChunk = 1024;
-    MatF k, v;  // (slots of the chunk, head_dim), (., v_head_dim)
-    for (std::size_t lane = 0; lane < into.size(); ++lane) {
-      for (std::size_t i = 0; i < slots.size(); i += kChunk) {
-        gather(view, static_cast<int>(lane), slots.subspan(i, std::min(kChunk, slots.size() - i)), k, v);
-        into[lane].merge(Moments::of(k, v));
+  // Each token's mean over those of the last queries that saw it, then the heads reduced as attention is.
+  void score_ahead(const View& view, std::span<float> out) const {
+    const auto n = static_cast<Eigen::Index>(out.size());
+    MatD cost = MatD::Zero(view.n_lanes * view.n_heads, n), k(n, view.head_dim), v(n, view.v_head_dim);
+    Eigen::RowVectorXd seen = Eigen::RowVectorXd::Zero(n);  // queries that saw each slot
+    for (int lane = 0; lane < view.n_lanes; ++lane) {
+      for (int i = 0; i < static_cast<int>(n); ++i) {
+        k.row(i) = view.key(lane, i).cast<double>();
+        v.row(i) = view.value(lane, i).cast<double>();
       }
-    }
-  }
-
-  static void gather(const View& view, int lane, std::span<const int> slots, MatF& k, MatF& v) {
-    k.resize(std::ssize(slots), view.head_dim);
-    v.resize(std::ssize(slots), view.v_head_dim);
-    for (Eigen::Index i = 0; i < k.rows(); ++i) {
-      k.row(i) = view.key(lane, slots[at(static_cast<Pos>(i))]);
-      v.row(i) = view.value(lane, slots[at(static_cast<Pos>(i))]);
-    }
-  }
-
-  // |v - v_mean - S k scale / n| of each slot under `moments`, from scratch; out[i] belongs to slots[i].
-  void compute(const View& view, std::span<const int> slots, const std::vector<Moments>& moments,
-               std::span<float> out) const {
-    constexpr std::size_t kChunk = 256, kFew = 8;
-    std::vector<double> squares(slots.size(), 0.0);
-    MatF k, v;  // (slots of the chunk, head_dim), (., v_head_dim)
-    for (std::size_t lane = 0; lane < moments.size(); ++lane) {
-      const Moments& m = moments[lane];
-      if (slots.size() <= kFew) {  // a product would spend its time on rearranging S
-        for (std::size_t i = 0; i < slots.size(); ++i) {
-          const int l = static_cast<int>(lane);
-          const Eigen::VectorXf r =
-              view.value(l, slots[i]) - m.v_mean - m.scatter * (step_size(m) * view.key(l, slots[i]));
-          squares[i] += static_cast<double>(r.squaredNorm());
+      const MatD q = view.queries(lane, config_.queries).cast<double>();  // (queries * n_heads, head_dim)
+      const Evicted64 evicted = Evicted64::of(moments_[at(lane)]);
+      const int n_queries = static_cast<int>(q.rows()) / view.n_heads;
+      for (int i = 0; i < n_queries; ++i) {
+        const auto past = std::upper_bound(view.pos.begin(), view.pos.end(), view.now - n_queries + 1 + i);
+        const Eigen::Index n_past = past - view.pos.begin();
+        if (n_past == 0) {
+          continue;
         }
-        continue;
-      }
-      for (std::size_t i = 0; i < slots.size(); i += kChunk) {
-        const std::size_t n = std::min(kChunk, slots.size() - i);
-        gather(view, static_cast<int>(lane), slots.subspan(i, n), k, v);
-        k *= step_size(m);
-        v.rowwise() -= m.v_mean.transpose();
-        v.noalias() -= k * m.scatter.transpose();
-        for (std::size_t j = 0; j < n; ++j) {
-          squares[i + j] += static_cast<double>(v.row(static_cast<Eigen::Index>(j)).squaredNorm());
+        if (lane == 0) {
+          seen.head(n_past).array() += 1;
+        }
+        for (int head = 0; head < view.n_heads; ++head) {
+          const Eigen::VectorXd one = q.row(i * view.n_heads + head).transpose();
+          const Eigen::ArrayXd logits = k.topRows(n_past) * one;
+          cost.row(lane * view.n_heads + head).head(n_past) +=
+              look_ahead(evicted, one, logits, v.topRows(n_past)).matrix().transpose();
         }
       }
     }
-    for (std::size_t i = 0; i < slots.size(); ++i) {
-      out[i] = static_cast<float>(std::sqrt(squares[i]));
-    }
-  }
-
-  // From now on residuals are known under the moments as they are.
-  void look(const View& view) {
-    at_look_ = moments_;
-    for (Pos pos : view.pos) {
-      known_[at(pos)].residual = -1;
-    }
-    judged_ = 0;
-  }
-
-  void forget(const View& view) {
-    for (Pos pos : view.rewritten) {
-      known_[at(pos)].residual = -1;
-    }
-  }
-
-  // Tokens that are new or changed, under the moments of the last look.
-  void learn(const View& view) {
-    std::vector<int> slots;
-    for (std::size_t i = 0; i < view.pos.size(); ++i) {
-      if (known_[at(view.pos[i])].residual < 0) {
-        slots.push_back(static_cast<int>(i));
-      }
-    }
-    std::vector<float> residuals(slots.size());
-    compute(view, slots, at_look_, residuals);
-    for (std::size_t i = 0; i < slots.size(); ++i) {
-      double reach = 0;
-      for (std::size_t lane = 0; lane < at_look_.size(); ++lane) {
-        reach +=
-            static_cast<double>((view.key(static_cast<int>(lane), slots[i]) - at_look_[lane].k_mean).squaredNorm());
-      }
-      known_[at(view.pos[at(slots[i])])] = {residuals[i], static_cast<float>(std::sqrt(reach))};
-    }
-  }
-
-  // How far residuals may have moved since the last look: |r' - r| <= all + per_reach * reach, for
-  // r - r' = (v_mean' - v_mean) + (M' - M) k_mean + (M' - M)(k - k_mean).
-  struct Drift {
-    float all = 0, per_reach = 0;
-  };
-  Drift drift() const {
-    double all = 0, per_reach = 0;
-    MatF slope;
-    for (std::size_t lane = 0; lane < moments_.size(); ++lane) {
-      const Moments& m = moments_[lane];
-      const Moments& before = at_look_[lane];
-      slope = step_size(m) * m.scatter - step_size(before) * before.scatter;
-      all += static_cast<double>((m.v_mean - before.v_mean + slope * before.k_mean).squaredNorm());
-      per_reach = std::max(per_reach, static_cast<double>(slope.squaredNorm()));
-    }
-    return {static_cast<float>(std::sqrt(all)), static_cast<float>(std::sqrt(per_reach))};
-  }
-
-  // out: attention, infinite where protected -> scores. Moments move little in a step, so that few tokens can be the
-  // ones to leave: their scores are exact. All others get a bound from below that is above those.
-  void judge(const View& view, std::span<float> out) {
-    constexpr float kSlack = 1e-4F;    // rounding
-    constexpr std::size_t kShare = 4;  // of the slots: a fresh look costs about as much as judging so many
-    const Drift moved = drift();
-    low_.resize(out.size());
-    highs_.clear();
-    for (std::size_t i = 0; i < out.size(); ++i) {
-      const Known& x = known_[at(view.pos[i])];
-      const float by = moved.all + moved.per_reach * x.reach + kSlack * x.residual;
-      low_[i] = std::isinf(out[i]) ? out[i] : out[i] * std::max(0.0F, x.residual - by);
-      if (!std::isinf(out[i])) {
-        highs_.push_back(out[i] * (x.residual + by));
-      }
-    }
-    const auto n_out = std::min<std::ptrdiff_t>(surplus(view), std::ssize(highs_));
-    candidates_.clear();
-    if (n_out <= 0) {
-      judged_ = out.size();  // nobody has to leave, so nobody is a candidate: the scores are asked for themselves
-    } else {
-      const auto last = highs_.begin() + (n_out - 1);
-      std::nth_element(highs_.begin(), last, highs_.end());
-      for (std::size_t i = 0; i < out.size(); ++i) {
-        if (low_[i] <= *last && out[i] > 0 && !std::isinf(out[i])) {
-          candidates_.push_back(static_cast<int>(i));
-        }
-      }
-    }
-    judged_ += candidates_.size();
-    if (judged_ > out.size() / kShare) {
-      look(view);
-      learn(view);
-      for (std::size_t i = 0; i < out.size(); ++i) {
-        out[i] *= std::isinf(out[i]) ? 1 : known_[at(view.pos[i])].residual;
-      }
-      return;
-    }
-    std::vector<float> residuals(candidates_.size());
-    compute(view, candidates_, moments_, residuals);
-    for (std::size_t j = 0; j < candidates_.size(); ++j) {
-      const std::size_t i = at(candidates_[j]);
-      low_[i] = out[i] * residuals[j];
-    }
-    std::copy(low_.begin(), low_.end(), out.begin());
+    const Eigen::RowVectorXf mean = reduce_heads(view.group, cost.array().rowwise() / seen.array()).cast<float>();
+    std::copy(mean.begin(), mean.end(), out.begin());
   }
 
   void average(const View& view) {
@@ -348,16 +306,13 @@ class Residual final : public Selector {
   Config config_;
   float scale_;
   int sink_, window_, obs_window_;
-  std::vector<Moments> moments_;    // per lane
-  std::vector<Moments> at_look_;    // per lane, when all residuals were last computed
-  std::vector<Known> known_;        // (n_tokens) by position
+  bool exact_;
+  LaneMoments moments_;             // of what it evicted
+  ResidualTracker tracker_;         // residuals of the resident under moments_
   std::vector<Average> attention_;  // (n_tokens) by position; empty without ewma
   std::vector<float> votes_;        // (prompt_len) until the cut
   std::vector<float> row_;          // (n_slots)
   Pos averaged_ = -1;               // position of the last query in attention_
-  std::size_t judged_ = 0;          // candidates since the last look
-  std::vector<float> low_, highs_;  // (n_slots), (slots not protected): bounds on scores
-  std::vector<int> candidates_;     // slots whose score is computed
 };
 
 }  // namespace

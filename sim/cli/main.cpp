@@ -13,6 +13,7 @@
 #include "sim/cli/compare_command.hpp"
 #include "sim/cli/exit.hpp"
 #include "sim/cli/explain_command.hpp"
+#include "sim/cli/headscores_command.hpp"
 #include "sim/cli/policies_command.hpp"
 #include "sim/cli/report_command.hpp"
 #include "sim/cli/run_command.hpp"
@@ -70,6 +71,7 @@ int main(int argc, char** argv) {
   add_compare_command(app);
   add_report_command(app);
   add_explain_command(app);
+  add_headscores_command(app);
   add_trace_commands(app);
   try {
     app.parse(argc, argv);

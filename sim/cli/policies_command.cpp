@@ -67,7 +67,8 @@ Json json_of(const PartInfo& part) {
     out["budgeted"] = part.budgeted(config.get());
   }
   out["needs"] = {{"prompt_queries", needs.prompt_queries == Needs::kAll ? Json("all") : Json(needs.prompt_queries)},
-                  {"pre_rope", needs.pre_rope}};
+                  {"pre_rope", needs.pre_rope},
+                  {"spans", needs.spans}};
   return out;
 }
 

@@ -20,7 +20,8 @@ def trace(path, edit=None, n_tokens=N_TOKENS, prompt_len=PROMPT, write_options=N
         if edit:
             edit(q[layer], k[layer], v[layer])
     scores = {"mine": {layer: np.random.default_rng(0).random((n_kv_heads, n_tokens), np.float32) for layer in k}}
-    return write(path, q, k, v, prompt_len, rope, scores=scores, **(write_options or {}))
+    options = {"spans": [("first", 0, 3), ("rest", 3, n_tokens)], **(write_options or {})}
+    return write(path, q, k, v, prompt_len, rope, scores=scores, **options)
 
 
 def catalogue():

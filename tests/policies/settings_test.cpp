@@ -87,6 +87,9 @@ TEST_CASE("every parameter of every part and preset can be found and set to the 
     for (const MethodParam& p : params) {
       INFO(p.name);
       CHECK(&param_named(params, method, p.name) == &p);
+      if (p.param->type == ParamType::file && p.value.text.empty()) {
+        continue;  // no text says "none"
+      }
       const std::string text = with_settings(method, {{p, format_value(*p.param, p.value)}});
       CHECK(parse_method(text).name == parse_method(method).name);
     }

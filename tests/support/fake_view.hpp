@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "policies/policy.hpp"
+#include "policies/rotation.hpp"
 
 namespace kvreplay::test {
 
@@ -27,6 +28,7 @@ class FakeView final : public Cache {
     MatF q;     // (n_tokens * n_heads, head_dim) softmax scale folded in
   };
   std::vector<Lane> lanes;
+  Rotation rotation;  // what shape() points to: nothing turns, and token i has the position id i
   // Where it is not empty, what attention() gives at this step, by position.
   std::map<Pos, float> script;
 
@@ -41,6 +43,8 @@ class FakeView final : public Cache {
                        random_matrix(n_tokens * n_heads, dim, s + 2)});
     }
     now = prompt_len - 1;
+    rotation.ids.resize(static_cast<std::size_t>(n_tokens));
+    std::iota(rotation.ids.begin(), rotation.ids.end(), 0);
   }
 
   SetShape shape() const {
@@ -52,6 +56,7 @@ class FakeView final : public Cache {
     s.n_tokens = static_cast<Pos>(lanes[0].k.rows());
     s.prompt_len = prompt_len;
     s.budget = budget;
+    s.rotation = &rotation;
     return s;
   }
 
@@ -118,7 +123,13 @@ class FakeView final : public Cache {
     }
   }
   void head_attention(int lane, int head, std::span<float> out) const override {
-    const Eigen::VectorXd a = softmax(lane, now, head, slots_);
+    Eigen::VectorXd a(static_cast<Eigen::Index>(out.size()));
+    for (int i = 0; i < static_cast<int>(out.size()); ++i) {  // of the slots as stored now
+      a[i] = lanes[at(lane)].q.row(now * n_heads + head).cast<double>().dot(key(lane, i).cast<double>()) +
+             static_cast<double>(bias(lane, i));
+    }
+    a = (a.array() - a.maxCoeff()).exp();
+    a /= a.sum();
     for (std::size_t i = 0; i < out.size(); ++i) {
       out[i] = static_cast<float>(a[static_cast<Eigen::Index>(i)]);
     }
@@ -148,18 +159,23 @@ class FakeView final : public Cache {
     return mass;
   }
 
-  float bias(int, int) const override { return 0; }
+  float bias(int lane, int slot) const override {
+    const Stored* own = find(lane, slot);
+    return own != nullptr ? own->bias : 0;
+  }
   double bytes(int lane, int slot) const override {
     const Stored* own = find(lane, slot);
     return own != nullptr ? own->bytes : 2.0 * (head_dim + v_head_dim);
   }
-  void rewrite(int lane, int slot, const Eigen::VectorXf& k, const Eigen::VectorXf& v, float, double b) override {
-    stored_[{lane, pos[at(slot)]}] = {k, v, b};
+  void rewrite(int lane, int slot, const Eigen::VectorXf& k, const Eigen::VectorXf& v, float new_bias,
+               double new_bytes) override {
+    stored_[{lane, pos[at(slot)]}] = {k, v, new_bias, new_bytes};
   }
 
  private:
   struct Stored {
     Eigen::VectorXf k, v;
+    float bias;
     double bytes;
   };
   static std::size_t at(int i) { return static_cast<std::size_t>(i); }

@@ -40,6 +40,7 @@ Layer engine_layer(const ToyLayer& toy) {
   layer.v_head_dim = o.v_head_dim;
   layer.n_tokens = o.n_tokens;
   layer.prompt_len = o.prompt_len;
+  layer.spans = o.spans;
   layer.logit_softcap = static_cast<float>(o.softcap);
   layer.scale = static_cast<float>(toy.scale);
   layer.element_bytes = element_bytes(o.element);

@@ -425,8 +425,8 @@ class SetReplay {
   // is due.
   void evict(ReferenceSelector& selector, bool due, int effect) {
     const std::size_t n = state_.slots.size();
-    const auto budget = static_cast<std::size_t>(state_.budget);
-    const std::size_t surplus = due && n > budget ? n - budget : 0;
+    const std::size_t surplus =
+        due ? static_cast<std::size_t>(std::clamp(selector.surplus(state_), 0, static_cast<int>(n))) : 0;
     std::vector<std::size_t> victims;
     if (recorded_ != nullptr && effect < layer_.n_steps()) {
       for (std::size_t i = 0; i < n; ++i) {

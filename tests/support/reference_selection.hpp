@@ -5,6 +5,7 @@
 // near a tie. Forced: it follows recorded evictions and says how far each victim's score lay above
 // the smallest.
 #pragma once
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -36,6 +37,8 @@ class ReferenceSelector {
   virtual ~ReferenceSelector() = default;
   virtual void prefill(const SetState&) {}
   virtual void observe(const SetState&) {}
+  // How many slots have to go where eviction is due.
+  virtual int surplus(const SetState& s) const { return static_cast<int>(s.slots.size()) - s.budget; }
   virtual std::vector<double> score(const SetState&) = 0;  // one per slot, +infinity protects
   virtual void evicted(const SetState&, const std::vector<Pos>&) {}
 };

@@ -30,6 +30,7 @@ struct ToyOptions {
   unsigned seed = 1;
   double softcap = 0;  // 0 = none
   int hidden = 0;      // rows of w_o; 0 = none
+  std::vector<TokenSpan> spans = {};
 };
 
 struct ToyLayer {

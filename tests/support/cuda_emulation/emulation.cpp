@@ -1,6 +1,9 @@
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <setjmp.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 #include <ucontext.h>
 
 #include <atomic>
@@ -92,6 +95,21 @@ struct Fiber {
 
 constexpr std::size_t kStackBytes = std::size_t{128} << 10;
 
+#ifdef __SANITIZE_ADDRESS__
+// The address sanitizer keeps the bounds of the stack in use, so it is told of every change.
+thread_local const void* scheduler_stack = nullptr;
+thread_local std::size_t scheduler_stack_bytes = 0;
+void leave_for(const Fiber& fiber) { __sanitizer_start_switch_fiber(nullptr, fiber.stack.get(), kStackBytes); }
+void arrive_in_fiber() { __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes); }
+void leave_for_scheduler() { __sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_stack_bytes); }
+void arrive_in_scheduler() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr); }
+#else
+void leave_for(const Fiber&) {}
+void arrive_in_fiber() {}
+void leave_for_scheduler() {}
+void arrive_in_scheduler() {}
+#endif
+
 struct Block {
   std::vector<Fiber> fibers;
   jmp_buf scheduler;
@@ -102,9 +120,11 @@ struct Block {
 thread_local Block block_of_thread;
 
 void begin_fiber() {
+  arrive_in_fiber();
   Block& block = block_of_thread;
   (*block.kernel)();
   block.fibers[block.current].state = Fiber::State::done;
+  leave_for_scheduler();
   _longjmp(block.scheduler, 1);
 }
 
@@ -113,8 +133,10 @@ void leave(Fiber::State state) {
   Fiber& fiber = block.fibers[block.current];
   fiber.state = state;
   if (_setjmp(fiber.at) == 0) {
+    leave_for_scheduler();
     _longjmp(block.scheduler, 1);
   }
+  arrive_in_fiber();
 }
 
 void enter(std::size_t i) {
@@ -122,8 +144,10 @@ void enter(std::size_t i) {
   block.current = i;
   threadIdx = block.fibers[i].index;
   if (_setjmp(block.scheduler) == 0) {
+    leave_for(block.fibers[block.current]);
     _longjmp(block.fibers[block.current].at, 1);
   }
+  arrive_in_scheduler();
 }
 
 void start(std::size_t i, dim3 size) {
@@ -144,8 +168,10 @@ void start(std::size_t i, dim3 size) {
   context.uc_link = nullptr;
   makecontext(&context, begin_fiber, 0);
   if (_setjmp(block.scheduler) == 0) {
+    leave_for(fiber);
     setcontext(&context);
   }
+  arrive_in_scheduler();
 }
 
 // Releases those in [begin, end) if all that are not done wait in `state`.

@@ -1,0 +1,15 @@
+// A whole number of tokens split in proportion to weights.
+#pragma once
+#include <span>
+#include <vector>
+
+namespace kvreplay {
+
+enum class Leftover { remainder, last };  // what rounding down leaves: to the largest remainders; to the last that can
+
+// Share i is between 0 and most[i]; what one cannot take goes to the others, again in proportion. All of `total` is
+// given out, or as much as `most` allows. Where all weights are 0 they count as equal; of equal remainders the first.
+std::vector<int> split(int total, std::span<const double> weights, std::span<const int> most,
+                       Leftover leftover = Leftover::remainder);
+
+}  // namespace kvreplay
