@@ -47,12 +47,12 @@ double exact_flop(const Layer& layer) {
   return flop;
 }
 
-// Every metric of every step: all but those at checkpoints, whose cost does not grow with the
-// number of steps.
+// Every metric of every step that 'all' has: all but those at checkpoints, whose cost does not grow
+// with the number of steps.
 std::string step_metrics() {
   std::string list;
   for (const MetricInfo& metric : all_metrics()) {
-    if (!metric.at_checkpoints) {
+    if (!metric.at_checkpoints && !metric.diagnostic) {
       list += (list.empty() ? "" : ",") + std::string(metric.name);
     }
   }

@@ -304,9 +304,9 @@ TEST_CASE("per-step selection: agreement and churn are of what is attended, and 
 
 TEST_CASE("a rewritten slot agrees as far as its new key lets it") {
   const ToyLayer toy = toy_layer();
-  const Run r = run(engine_layer(toy),
-                    {"full", "full+kivi:bits=8,residual=1,group_size=4", "full+kivi:bits=2,residual=1,group_size=4"},
-                    400, "top1_agreement,top16_jaccard");
+  const Run r =
+      run(engine_layer(toy), {"full", "full+kivi:bits=8,residual=4,group=4", "full+kivi:bits=2,residual=4,group=4"},
+          400, "top1_agreement,top16_jaccard");
   double mean[3] = {0, 0, 0};
   for (std::size_t i = 0; i < 3; ++i) {
     for (float x : r.result.cells[i].find(Metric::top16_jaccard)->values) {
