@@ -1,5 +1,7 @@
 // Norms of a set's values by position: once per token, and again where a value was rewritten.
 #pragma once
+#include <algorithm>
+
 #include "policies/policy.hpp"
 
 namespace kvreplay {
@@ -14,19 +16,18 @@ class ValueNorms {
         lanes_(static_cast<std::size_t>(shape.n_lanes),
                std::vector<float>(static_cast<std::size_t>(shape.n_tokens), 0.0F)) {}
 
-  // Once a step, before `of`: tokens that arrived since the last call.
+  // Once a step, before `of`: tokens that arrived since the last call, and those rewritten since.
   void meet(const View& view) {
-    if (!view.rewritten.empty()) {
-      newest_ = -1;
-    }
     for (int i = static_cast<int>(view.pos.size()); i-- > 0 && view.pos[static_cast<std::size_t>(i)] > newest_;) {
-      for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
-        const VecF v = view.value(static_cast<int>(lane), i);
-        lanes_[lane][static_cast<std::size_t>(view.pos[static_cast<std::size_t>(i)])] =
-            norm_ == Norm::l1 ? v.lpNorm<1>() : v.norm();
-      }
+      take(view, i);
     }
     newest_ = view.pos.empty() ? newest_ : view.pos.back();
+    for (const Pos pos : view.rewritten) {
+      const auto slot = std::lower_bound(view.pos.begin(), view.pos.end(), pos);
+      if (slot != view.pos.end() && *slot == pos) {
+        take(view, static_cast<int>(slot - view.pos.begin()));
+      }
+    }
   }
 
   float of(int lane, Pos pos) const { return lanes_[static_cast<std::size_t>(lane)][static_cast<std::size_t>(pos)]; }
@@ -40,6 +41,14 @@ class ValueNorms {
   }
 
  private:
+  void take(const View& view, int slot) {
+    for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+      const VecF v = view.value(static_cast<int>(lane), slot);
+      lanes_[lane][static_cast<std::size_t>(view.pos[static_cast<std::size_t>(slot)])] =
+          norm_ == Norm::l1 ? v.lpNorm<1>() : v.norm();
+    }
+  }
+
   Norm norm_;
   std::vector<std::vector<float>> lanes_;  // per lane (n_tokens)
   Pos newest_ = -1;

@@ -54,8 +54,17 @@ class MorphKv final : public Selector {
                 std::vector<Eigen::ArrayXf>(static_cast<std::size_t>(shape.n_tokens))),
         first_voter_(shape.n_tokens) {}
 
-  void prefill(const View& view) override { record(view, obs_window_); }
-  void observe(const View& view) override { record(view, view.rewritten.empty() ? 1 : obs_window_ + 1); }
+  void prefill(const View& view) override { record(view, obs_window_, 0, view.pos.size()); }
+  void observe(const View& view) override {
+    record(view, 1, 0, view.pos.size());
+    for (const Pos pos : view.rewritten) {
+      const auto slot = std::lower_bound(view.pos.begin(), view.pos.end(), pos);
+      if (slot != view.pos.end() && *slot == pos) {
+        const auto i = static_cast<std::size_t>(slot - view.pos.begin());
+        record(view, std::min(obs_window_, view.now - first_voter_) + 1, i, i + 1);
+      }
+    }
+  }
 
   // The first step adds a token before it evicts, so that the prompt leaves room for it.
   int surplus(const View& view) const override {
@@ -92,9 +101,9 @@ class MorphKv final : public Selector {
   }
   Eigen::Index column(Pos voter) const { return Eigen::Index{voter % (obs_window_ + 1)} * rows_per_voter_; }
 
-  // Logits of the last queries with all that is resident. A softmax over fewer tokens needs no more than these, so
-  // that a step computes those of its own query alone.
-  void record(const View& view, int n_queries) {
+  // Logits of the last queries with the slots from `begin` to `end`. A softmax over fewer tokens needs no more than
+  // these, so that a step computes those of its own query alone, and of rewritten keys.
+  void record(const View& view, int n_queries, std::size_t begin, std::size_t end) {
     for (int lane = 0; lane < view.n_lanes; ++lane) {
       MatF q = view.queries(lane, n_queries);
       const int voters = static_cast<int>(q.rows()) / view.n_heads;
@@ -106,7 +115,7 @@ class MorphKv final : public Selector {
       }
       first_voter_ = std::min(first_voter_, view.now - voters + 1);
       Eigen::ArrayXf logits(q.rows());
-      for (int i = 0; i < static_cast<int>(view.pos.size()); ++i) {
+      for (int i = static_cast<int>(begin); i < static_cast<int>(end); ++i) {
         logits = (q * view.key(lane, i)).array();
         Eigen::ArrayXf& row = logits_[static_cast<std::size_t>(lane)][at(view, i)];
         if (row.size() == 0) {

@@ -246,6 +246,29 @@ TEST_CASE("longflow scores a token by the mean of p |v|, and spares neither sink
   CHECK(view.evict(*again) == Positions{2});
 }
 
+TEST_CASE("norms follow values that were rewritten", "[more_selectors]") {
+  FakeView view(4, 1, 4);
+  one_hot_keys(view);
+  attend(view, 3, 0, {0.3, 0.3, 0.3, 0.1});
+  view.lanes[0].v.setOnes();
+  view.lanes[0].v.row(1) *= 0.5F;
+  view.budget = 3;
+  view.now = 2;
+  view.set_slots({0, 1, 2});
+  auto longflow = make("longflow", view);
+  longflow->observe(view);
+  const Positions changed{0, 1};
+  view.rewrite(0, 0, view.lanes[0].k.row(0), Eigen::VectorXf::Constant(4, 0.1F), 0, 0);
+  view.rewrite(0, 1, view.lanes[0].k.row(1), Eigen::VectorXf::Constant(4, 2.0F), 0, 0);
+  view.rewritten = changed;
+  view.append();
+  longflow->observe(view);
+  const std::vector<float> s = scores(*longflow, view);
+  CHECK(s[0] == Approx(0.12).epsilon(1e-6));
+  CHECK(s[1] == Approx(2.4).epsilon(1e-6));
+  CHECK(s[2] == Approx(1.2).epsilon(1e-6));
+}
+
 TEST_CASE("vatp multiplies the heads' mean attention by the lanes' mean norm", "[more_selectors]") {
   FakeView view(5, 1, 2, 1, 2);
   view.budget = 4;
