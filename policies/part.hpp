@@ -9,14 +9,16 @@ namespace kvreplay {
 
 enum class Role { select, read, allocate, rewrite, compensate };
 enum class Foresight { none, oracle };
+// What a rewriter does: stores kept tokens differently, takes tokens in as they leave, or makes up for those that left.
+enum class Rewriting { encoding, merging, correction };
 
 struct PartInfo {
   std::string_view name, summary, paper, deviation;
   Role role;
   Foresight foresight;
-  bool is_default;    // says in words what happens without a part of its role
-  bool across_heads;  // joins the KV heads of a layer, so that scope=layer is all it can work with
-  bool merges;        // a rewriter that takes tokens in as they leave; the others encode
+  Rewriting rewriting;  // of a rewriter
+  bool is_default;      // says in words what happens without a part of its role
+  bool across_heads;    // joins the KV heads of a layer, so that scope=layer is all it can work with
   std::span<const ParamInfo> params;
 
   // A Config, type-erased: default values, then the user's through ParamInfo::set.
@@ -38,7 +40,7 @@ struct PartInfo {
 
 // Builds a PartInfo from a class P with a nested Config and statics kName, kSummary, kPaper, kDeviation, kParams, and
 // optionally traits(Config), needs(Config), budgeted(Config), check(Config, budget), kForesight, kIsDefault,
-// kAcrossHeads.
+// kAcrossHeads, kCorrects.
 template <class P>
 constexpr PartInfo describe() {
   using Config = typename P::Config;
@@ -102,7 +104,11 @@ constexpr PartInfo describe() {
     };
   } else if constexpr (std::is_base_of_v<Rewriter, P>) {
     info.role = Role::rewrite;
-    info.merges = !std::is_same_v<decltype(&P::evicted), decltype(&Rewriter::evicted)>;
+    constexpr bool takes_in = !std::is_same_v<decltype(&P::evicted), decltype(&Rewriter::evicted)>;
+    info.rewriting = takes_in ? Rewriting::merging : Rewriting::encoding;
+    if constexpr (requires { P::kCorrects; }) {
+      info.rewriting = P::kCorrects ? Rewriting::correction : info.rewriting;
+    }
     info.rewrite = [](const void* c, const SetShape& s) -> std::unique_ptr<Rewriter> {
       return std::make_unique<P>(*static_cast<const Config*>(c), s);
     };

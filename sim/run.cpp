@@ -534,10 +534,12 @@ class Run {
 
   // What a method does beside choosing what stays; the last of these that it does.
   static std::string class_of(const Method& m) {
-    return m.compensate ? "correction"
-           : m.read     ? "selection"
-           : m.rewrite  ? m.rewrite->info->merges ? "merging" : "encoding"
-                        : "eviction";
+    const Rewriting rewriting = m.rewrite ? m.rewrite->info->rewriting : Rewriting::encoding;
+    return m.compensate || rewriting == Rewriting::correction ? "correction"
+           : m.read                                           ? "selection"
+           : rewriting == Rewriting::merging                  ? "merging"
+           : m.rewrite                                        ? "encoding"
+                                                              : "eviction";
   }
 
   void check_memory() const {

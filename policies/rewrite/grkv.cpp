@@ -23,6 +23,7 @@ class Grkv final : public Rewriter {
     double top = 0.1;
   };
   static constexpr std::string_view kName = "grkv";
+  static constexpr bool kCorrects = true;
   static constexpr std::string_view kSummary =
       "kept values and keys moved by ridge regression on the prompt's last queries";
   static constexpr std::string_view kPaper = "arXiv:2605.31105";

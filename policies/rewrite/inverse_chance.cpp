@@ -10,6 +10,7 @@ class InverseChance final : public Rewriter {
  public:
   using Config = SamplingConfig;
   static constexpr std::string_view kName = "inverse_chance";
+  static constexpr bool kCorrects = true;
   static constexpr std::string_view kSummary = "sampled tokens weigh one over their chance to be kept";
   static constexpr std::string_view kPaper = "arXiv:2607.21475";
   static constexpr std::string_view kDeviation =

@@ -21,6 +21,7 @@ class Matching final : public Rewriter {
     double ridge = 0;
   };
   static constexpr std::string_view kName = "matching";
+  static constexpr bool kCorrects = true;
   static constexpr std::string_view kSummary =
       "biases and values of kept keys fitted to the mass and output of the prompt";
   static constexpr std::string_view kPaper = "arXiv:2602.16284";

@@ -59,7 +59,9 @@ Json json_of(const PartInfo& part) {
               {"foresight", part.foresight == Foresight::oracle ? "oracle" : "none"},
               {"keys", json_of(part.params, config.get())}};
   if (part.role == Role::rewrite) {
-    out["merges"] = part.merges;
+    out["rewriting"] = part.rewriting == Rewriting::merging      ? "merging"
+                       : part.rewriting == Rewriting::correction ? "correction"
+                                                                 : "encoding";
   }
   if (part.role == Role::select) {
     const Traits traits = part.traits(config.get());

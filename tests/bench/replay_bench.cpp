@@ -175,7 +175,7 @@ std::vector<Representative> representatives(const std::vector<std::string>& give
                                     {"per-step selection", "full+quest"},
                                     {"compensator", "+moments"}};
     for (const PartInfo* part : all_parts()) {
-      if (part->merges) {
+      if (part->role == Role::rewrite && part->rewriting == Rewriting::merging) {
         all.insert(all.begin() + 2, {"merging", "h2o+" + std::string(part->name)});
         break;
       }
