@@ -30,8 +30,8 @@ class Fair final : public Allocator {
       "selector's protected tokens are the best of their span and count within its quota";
   static constexpr std::array kParams{
       text<&Config::spans>("spans",
-                           "names of the spans, as system:question; none: all of the trace. A span reaches to the next "
-                           "one's begin, the first back to the start, the last to the prompt's end"),
+                           "names of the spans, as system:question; none: all of the trace. Tokens between two are one "
+                           "more span, those before the first and after the last belong to it"),
       number<&Config::strength>("strength", 0, 1, "0: as many of each span as scores alone keep; 1: equal fractions"),
       choice<&Config::rounding>("rounding", kLeftovers,
                                 "what rounding down leaves: one each to the largest remainders, or all to the last"),
@@ -81,19 +81,22 @@ class Fair final : public Allocator {
 
   // Where the spans begin that together are all tokens up to now; the decode tokens are the last of them.
   std::vector<Pos> regions(const View& view, std::span<const TokenSpan> spans) const {
-    std::vector<Pos> begins;
+    std::vector<TokenRange> chosen;
     for (const TokenSpan& s : spans) {
       const bool wanted = names_.empty() || std::find(names_.begin(), names_.end(), s.name) != names_.end();
       if (wanted && s.begin < view.prompt_len) {
-        begins.push_back(s.begin);
+        chosen.push_back({s.begin, s.end});
       }
     }
-    std::sort(begins.begin(), begins.end());
-    begins.erase(std::unique(begins.begin(), begins.end()), begins.end());
-    if (begins.empty()) {
-      begins.push_back(0);
+    std::sort(chosen.begin(), chosen.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
+    std::vector<Pos> begins{0};
+    for (std::size_t i = 1; i < chosen.size(); ++i) {
+      for (const Pos border : {chosen[i - 1].end, chosen[i].begin}) {  // what lies between two is one more
+        if (border > begins.back() && border <= chosen[i].begin) {
+          begins.push_back(border);
+        }
+      }
     }
-    begins.front() = 0;
     if (!view.at_prefill()) {
       begins.push_back(view.prompt_len);
     }

@@ -67,7 +67,8 @@ class Residual final : public Selector {
           "tokens that it cuts from the prompt enter the moments; those that a selector before a / cuts never do"),
       choice<&Config::score>("score", kScores,
                              "of decode tokens; residual: the paper; lookahead: how much the output corrected by "
-                             "moments changes if the token joins the evicted (a pinned prompt left out)"),
+                             "moments changes if the token joins the evicted (without a pinned prompt, soft-cap or "
+                             "votes of merged tokens)"),
       number<&Config::queries>("queries", 1, 1024,
                                "with score=lookahead: last queries that it is averaged over, for each token those "
                                "that saw it",

@@ -79,7 +79,8 @@ TEST_CASE("fair gives the quotas of the authors' code") {
 TEST_CASE("fair keeps the best of each span, and the spans reach over the whole prompt") {
   const Spans spans{{"y", 12, 20}, {"x", 4, 10}, {"late", 30, 33}};
   const Positions kept = cut("fair", spans, 10, rising(20));
-  CHECK(kept == Positions{6, 7, 8, 9, 10, 11, 16, 17, 18, 19});  // 12 and 8 of 20 tokens: 6 and 4
+  // Half of the 10 tokens up to the end of x, of the 2 before y, and of y's 8.
+  CHECK(kept == Positions{5, 6, 7, 8, 9, 11, 16, 17, 18, 19});
   CHECK(cut("fair:spans=x:y", spans, 10, rising(20)) == kept);
   // One span is all of the prompt: scores alone decide.
   CHECK(cut("fair:spans=x", spans, 4, rising(20)) == Positions{16, 17, 18, 19});
