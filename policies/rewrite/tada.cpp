@@ -37,9 +37,10 @@ class Tada final : public Rewriter {
                                 "latest tokens that stay exact until so many have gathered and are encoded together",
                                 Scale::log),
       flag<&Config::symmetric>("symmetric", "deviations have a scale alone, and levels about zero"),
-      choice<&Config::centre>("centre", kCentres,
-                              "deviation from what; tokens: from each head's mean over the tokens encoded together, of "
-                              "which keys' softmax knows nothing; none: plain quantising, to compare with"),
+      choice<&Config::centre>(
+          "centre", kCentres,
+          "deviation from what; tokens: from each head's mean over the tokens encoded together; none: plain "
+          "quantising, to compare with"),
       choice<&Config::what>("what", kWhats, kWhatDoc),
   };
 

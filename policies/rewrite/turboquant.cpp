@@ -125,8 +125,8 @@ class TurboQuant final : public Rewriter {
                             "inner_product: the last bit of a key's coordinates is the sign of a Gaussian sketch of "
                             "the rest, which makes logits unbiased; values are always mse"),
       flag<&Config::rescale>("rescale",
-                             "levels are stretched by 1 / (1 - relative error), which mse shrinks inner "
-                             "products by on average; no part of the paper"),
+                             "levels are stretched by 1 / (1 - relative error), as mse shrinks inner products by "
+                             "that on average; no part of the paper"),
       choice<&Config::rotation>("rotation", kRotates,
                                 "gaussian: Q of a Gaussian matrix; hadamard: random signs and a Hadamard transform, in "
                                 "blocks of a power of two"),
