@@ -151,7 +151,8 @@ void assign(Phase& phase, const Targets& targets, const Piece& piece, const Tabl
     if (found.size() > 1) {
       std::string choices;
       for (const PartUse* use : targets.uses) {
-        if (find_param(use->info->params, key) != nullptr) {
+        if (find_param(use->info->params, key) != nullptr ||
+            (use->info->role == Role::select && find_param(engine_keys(), key) != nullptr)) {
           choices += (choices.empty() ? "" : " or ") + std::string(use->info->name) + "." + key;
         }
       }

@@ -165,7 +165,9 @@ std::string with_settings(const std::string& method, const std::vector<std::pair
     // A preset's key is written with its part where another of its parts has the same.
     const auto parts = parts_named(piece.name);
     const auto having = std::count_if(parts.begin(), parts.end(), [&](const PartInfo* part) {
-      return std::any_of(part->params.begin(), part->params.end(), [&](const ParamInfo& p) { return p.name == key; });
+      const auto named = [&](const ParamInfo& p) { return p.name == key; };
+      return std::any_of(part->params.begin(), part->params.end(), named) ||
+             (part->role == Role::select && std::any_of(engine_keys().begin(), engine_keys().end(), named));
     });
     const std::string written = having > 1 ? whole : key;
     bool set = false;

@@ -26,7 +26,7 @@ struct Layer {
   std::vector<MatF> k;  // (n_tokens, head_dim)
   std::vector<MatF> v;  // (n_tokens, v_head_dim)
   MatF w_o;             // (hidden, n_heads * v_head_dim); empty if the trace has none or nobody asked
-  std::vector<TokenSpan> spans;
+  std::vector<TokenSpan> spans;        // of the trace; may reach beyond n_tokens
   std::optional<Rotation> rotation;  // of q and k; none where the trace does not say, or it changed on the way
   std::vector<std::pair<std::string, std::vector<std::vector<float>>>> scores;  // name, per KV head (n_tokens)
 

@@ -126,9 +126,9 @@ TEST_CASE("parts that say what happens anyway are left out like any default") {
 
 TEST_CASE("every part survives its own canonical text at the bounds of every key") {
   for (const PartInfo* part : all_parts()) {
-    std::string first = part->role == Role::select ? "" : "h2o+";
-    if (part->role == Role::read) {
-      first = "full+";
+    std::string first = part->role == Role::select ? "" : part->role == Role::read ? "full+" : "h2o+";
+    if (part->across_heads) {
+      first = "full:scope=layer+";
     }
     const auto check = [&](const ParamInfo& p, const ParamValue& v) {
       std::string text = first + std::string(part->name) + ":" + std::string(p.name) + "=" + format_value(p, v);

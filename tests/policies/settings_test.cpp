@@ -74,9 +74,13 @@ TEST_CASE("every parameter of every part and preset can be found and set to the 
   std::vector<std::string> methods;
   for (const PartInfo* part : all_parts()) {
     const std::string name(part->name);
-    if (part->name != "given") {  // needs one of its texts
-      methods.push_back(part->role == Role::select ? name : part->role == Role::read ? "full+" + name : "h2o+" + name);
+    if (part->name == "given" || part->name == "whitelist") {
+      continue;  // need one of their texts
     }
+    methods.push_back(part->role == Role::select ? name
+                      : part->across_heads       ? "full:scope=layer+" + name
+                      : part->role == Role::read ? "full+" + name
+                                                 : "h2o+" + name);
   }
   for (const Preset& p : all_presets()) {
     methods.emplace_back(p.name);
