@@ -22,11 +22,11 @@ struct Layer {
   int element_bytes = 2;    // of one stored number of the trace
   // One entry per KV head. A query row is (pos - first_query) * group_size + head in group, so any block of steps is
   // one block of rows.
-  std::vector<MatF> q;  // ((n_tokens - first_query) * group_size, head_dim)
-  std::vector<MatF> k;  // (n_tokens, head_dim)
-  std::vector<MatF> v;  // (n_tokens, v_head_dim)
-  MatF w_o;             // (hidden, n_heads * v_head_dim); empty if the trace has none or nobody asked
-  std::vector<TokenSpan> spans;        // of the trace; may reach beyond n_tokens
+  std::vector<MatF> q;               // ((n_tokens - first_query) * group_size, head_dim)
+  std::vector<MatF> k;               // (n_tokens, head_dim)
+  std::vector<MatF> v;               // (n_tokens, v_head_dim)
+  MatF w_o;                          // (hidden, n_heads * v_head_dim); empty if the trace has none or nobody asked
+  std::vector<TokenSpan> spans;      // of the trace; may reach beyond n_tokens
   std::optional<Rotation> rotation;  // of q and k; none where the trace does not say, or it changed on the way
   std::vector<std::pair<std::string, std::vector<std::vector<float>>>> scores;  // name, per KV head (n_tokens)
 
