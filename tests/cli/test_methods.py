@@ -20,7 +20,7 @@ def trace(path, edit=None, n_tokens=N_TOKENS, prompt_len=PROMPT, write_options=N
         if edit:
             edit(q[layer], k[layer], v[layer])
     scores = {"mine": {layer: np.random.default_rng(0).random((n_kv_heads, n_tokens), np.float32) for layer in k}}
-    options = {"spans": [("first", 0, 3), ("rest", 3, n_tokens)], **(write_options or {})}
+    options = {"spans": [("first", 0, min(3, n_tokens)), ("rest", min(3, n_tokens - 1), n_tokens)], **(write_options or {})}
     return write(path, q, k, v, prompt_len, rope, scores=scores, **options)
 
 
@@ -29,14 +29,17 @@ def catalogue():
 
 
 def whole_catalogue():
-    """Every selector and preset with every reader, allocator, rewriter and compensator; who is refused is left out."""
+    """Every selector with every other part, and every two parts of other roles with a selector of each scope; presets."""
     parts, presets = catalogue()["parts"], catalogue()["presets"]
     # 'uniform' and 'none' say what happens anyway, and are the same method as without them.
     by_role = {role: [part["name"] for part in parts if part["role"] == role and part["name"] not in ("uniform", "none")]
                for role in ("select", "read", "allocate", "rewrite", "compensate")}
     starts = ["given:scores=mine" if name == "given" else name for name in by_role.pop("select")]
-    methods = ["+".join(filter(None, (start, *more)))
-               for start in starts for more in itertools.product(*([None, *names] for names in by_role.values()))]
+    methods = [*starts, *(f"{start}+{more}" for start in starts for names in by_role.values() for more in names)]
+    for one, other in itertools.combinations(by_role.values(), 2):
+        methods += ["+".join(pieces) for pieces in itertools.product(("h2o", "tova", "full"), one, other)]
+    # Weights are one over the chances that the sampling selector had: no other selector has any.
+    methods = [m for m in methods if "inverse_chance" not in m or m.startswith("sample")]
     canonical = set(starts)
     return methods, [preset["name"] for preset in presets if preset["method"] not in canonical]
 
