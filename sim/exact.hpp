@@ -33,11 +33,11 @@ struct ExactBlock {
 // Attention that each token received from queries [begin, end), each softmaxed over all its past: (group_size, end).
 MatD column_mass(const Layer&, int kv_head, Pos begin, Pos end);
 
-// exp for x <= 0, exactly 0 below e^-87: Eigen's packet exp stops at e^-88 instead, and denormal numbers are slow.
+// exp, exactly 0 below e^-87.3: Eigen's packet exp stops at e^-88.7 instead, and denormal numbers are slow.
 template <class Array>
 auto weight_of(const Array& x) {
-  constexpr float kSmallest = 1.6e-38F;
-  return (x.exp() - kSmallest).max(0.0F);
+  constexpr float kLeast = -87.3F, kSteep = 1e30F;  // a step from 0 to 1, of operations that packets have
+  return x.exp() * ((x - kLeast) * kSteep).min(1.0F).max(0.0F);
 }
 
 // logits -> logits of a layer with a soft-cap; does nothing where cap is 0.

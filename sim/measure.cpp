@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "sim/logit_sums.hpp"
 #include "sim/product.hpp"
@@ -13,7 +14,9 @@ constexpr int kChunk = 256;             // columns multiplied at once: operands 
 constexpr double kFloatShare = 0.03;    // a difference of float products is good to 1e-4 while it is this share of them
 constexpr double kLeastEvicted = 1e-6;  // evicted mass below which f_E is not looked at
 constexpr double kLeastRetained = 6.06e-39;  // e^-88: retained mass below which there is no usable f_R
-constexpr double kExactDifference = 1e-9;    // evicted mass down to which Z - Z_R is good to 1e-5
+constexpr double kExactDifference = 1e-9;    // mass of one side down to which Z less the other's is good to 1e-5
+constexpr double kFloatMass = 1e-30;         // from this to its inverse float weights hold a row's sums
+constexpr double kMostLead = 600;            // of attended logits over the row's largest in the trace, or behind it
 
 }  // namespace
 
@@ -241,6 +244,52 @@ Eigen::ArrayXd Meter::top_weights(const Set& set, const Lane& lane, const Rows& 
   return top;
 }
 
+// Tokens that a row retains, of which this many have left before its step.
+std::vector<Pos> Meter::retained_at(const Set& set, const Lane& lane, int row, int n_gone) const {
+  if (set.reads()) {
+    return lane.read[std::size_t(row)];
+  }
+  std::vector<char> gone(std::size_t(begin_ + row / set.n_heads) + 1, 0);
+  for (int i = 0; i < n_gone; ++i) {
+    gone[std::size_t(lane.evicted[std::size_t(i)].token)] = 1;
+  }
+  std::vector<Pos> tokens;
+  for (Pos p = 0; p < Pos(gone.size()); ++p) {
+    if (!gone[std::size_t(p)]) {
+      tokens.push_back(p);
+    }
+  }
+  return tokens;
+}
+
+// One row from logits anew, in double: adds weight * value to `num` and returns the sum of the weights. for_each calls
+// back with (key, bias, value).
+template <class Row, class ForEach>
+double Meter::sum_anew(const Lane& lane, const Rows& rows, int row, double max_logit, Row&& num,
+                       ForEach for_each) const {
+  const Eigen::VectorXd q =
+      layer_.queries(lane.kv_head, begin_, rows.steps).row(rows.exact(row)).transpose().template cast<double>();
+  const double cap = double(layer_.logit_softcap);
+  std::vector<std::pair<double, const float*>> terms;  // logit and value
+  double top = -std::numeric_limits<double>::infinity();
+  for_each([&](const float* key, float bias, const float* value) {
+    double logit = q.dot(VecF(key, layer_.head_dim).template cast<double>());
+    if (cap > 0) {
+      logit = cap * std::tanh(logit / cap);
+    }
+    terms.emplace_back(logit + double(bias), value);
+    top = std::max(top, terms.back().first);
+  });
+  const double shift = std::clamp(top - max_logit, -kMostLead, kMostLead) - top;
+  double z = 0;
+  for (const auto& [logit, value] : terms) {
+    const double weight = std::exp(logit + shift);
+    z += weight;
+    num += weight * VecF(value, rows.dim).transpose().template cast<double>();
+  }
+  return z;
+}
+
 // What compensators that ask for it learn of the prompt.
 void Meter::show_prompt(const Set& set, const Lane& lane) {
   const auto rows_of = [](const MatF& all, const std::vector<Pos>& tokens) { return MatF(all(tokens, Eigen::all)); };
@@ -337,6 +386,24 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
       direct.multiply(rows, evicted_tokens, with_f_e ? &all_z : nullptr);
     }
   }
+  // Evicted tokens that each step misses, and the first step that attends a slot which is not as in the trace.
+  std::vector<int> n_missing(std::size_t(rows.steps), 0);
+  {
+    std::size_t seen = 0;
+    for (int s = 0; s < rows.steps; ++s) {
+      while (seen < lane.evicted.size() && lane.evicted[seen].missing_from <= e.begin + s) {
+        ++seen;
+      }
+      n_missing[std::size_t(s)] = int(seen);
+    }
+  }
+  int first_changed = rows.steps;
+  for (const Column& c : lane.columns) {
+    if (c.plain_end == 0 && c.begin < c.end) {
+      first_changed = std::min(first_changed, c.begin);
+    }
+  }
+
   (retained_is_direct ? retained_z : evicted_z) = direct.z;
   (retained_is_direct ? evicted_z : retained_z) = (all_z - direct.z).max(0.0);
   if (retained_is_direct && !set.reads() && options_.metrics.has(Metric::log_mass_ratio) && !compensators_.empty() &&
@@ -347,10 +414,32 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
   if (diagnostics_) {
     diagnostics_->block(set, lane, all_z, evicted_z);
   }
+  // Where next to nothing is retained, neither a difference nor float weights say what that is.
+  std::vector<char> anew;  // rows that were summed anew; empty: none
+  MatD retained_num;       // (rows, v_head_dim) of these
+  for (int r = 0; r < n_rows; ++r) {
+    const int n_gone = n_missing[std::size_t(r / rows.heads)];
+    const double least = retained_is_direct ? kFloatMass : kExactDifference * all_z[r];
+    if (retained_z[r] >= least || (!set.reads() && n_gone == 0)) {
+      continue;
+    }
+    if (anew.empty()) {
+      anew.assign(std::size_t(n_rows), 0);
+      retained_num.setZero(n_rows, rows.dim);
+    }
+    anew[std::size_t(r)] = 1;
+    retained_z[r] = sum_anew(lane, rows, r, double(max_logit[r]), retained_num.row(r), [&](auto use) {
+      for (Pos p : retained_at(set, lane, r, n_gone)) {
+        use(layer_.k[lane.kv_head].row(p).data(), 0.0F, layer_.v[lane.kv_head].row(p).data());
+      }
+    });
+  }
   // Writes one row's output over the retained, or over the evicted tokens.
   const auto side = [&](bool retained, int r, Eigen::RowVectorXd& out) {
     const double z = retained ? retained_z[r] : evicted_z[r];
-    if (retained == retained_is_direct) {
+    if (retained && !anew.empty() && anew[std::size_t(r)]) {
+      out = retained_num.row(r) / z;
+    } else if (retained == retained_is_direct) {
       out = direct.num.row(r) / z;
     } else {
       out = (all_num.row(r) - direct.num.row(r)) / z;
@@ -363,20 +452,28 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
   } else if (set.rewrites()) {
     output = start();
     output.z = rows.pick(lane.z);
-    output.multiply(rows, attended_columns, nullptr);
-  }
-  const Eigen::ArrayXd& own_z = set.rewrites() ? output.z : retained_z;
-
-  std::vector<int> n_missing(std::size_t(rows.steps), 0);  // evicted tokens that each step misses
-  {
-    std::size_t seen = 0;
-    for (int s = 0; s < rows.steps; ++s) {
-      while (seen < lane.evicted.size() && lane.evicted[seen].missing_from <= e.begin + s) {
-        ++seen;
+    if (first_changed < rows.steps) {
+      output.multiply(rows, attended_columns, nullptr);
+    }
+    for (int r = 0; r < n_rows; ++r) {
+      const int step = r / rows.heads;
+      if (kFloatMass <= output.z[r] && output.z[r] <= 1 / kFloatMass) {
+        continue;
       }
-      n_missing[std::size_t(s)] = int(seen);
+      output.num.row(r).setZero();
+      output.z[r] = sum_anew(lane, rows, r, double(max_logit[r]), output.num.row(r), [&](auto use) {
+        for (Pos p = 0; set.prompt_by_prefix() && p < layer_.prompt_len; ++p) {
+          use(layer_.k[lane.kv_head].row(p).data(), 0.0F, layer_.v[lane.kv_head].row(p).data());
+        }
+        for (const Column& c : lane.columns) {
+          if (c.begin <= step && step < c.end && c.token <= e.begin + step) {
+            use(c.key, c.bias, c.value);
+          }
+        }
+      });
     }
   }
+  const Eigen::ArrayXd& own_z = set.rewrites() ? output.z : retained_z;
 
   std::vector<Loss> losses;
   for (std::size_t i = lane.n_measured; i < lane.evicted.size(); ++i) {
@@ -464,9 +561,6 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     if (keeps) {
       keep(cell_.outputs.full, head, step, f);
     }
-    if (keeps) {
-      keep(cell_.outputs.full, head, step, f);
-    }
     if (errors) {
       errors->full.row(step).segment(head * rows.dim, rows.dim) = f.cast<float>();
     }
@@ -477,11 +571,12 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     const bool complete =
         set.reads() ? int(lane.read[std::size_t(r)].size()) == n_seen : n_missing[std::size_t(step)] == 0;
     const double w_e = complete ? 0 : std::min(1.0, evicted_z[r] / all_z[r]);
+    const bool changed = set.rewrites() && step >= first_changed;
     put(o.evicted_mass, step, w_e);
     if (complete && keeps) {
       keep(cell_.outputs.retained, head, step, f);
     }
-    if (complete && !set.rewrites()) {  // nothing is missing and nothing was changed
+    if (complete && !changed) {  // nothing is missing and nothing was changed
       put(o.error, step, 0);
       put(o.error_output, step, 0);
       for (float* c : o.corrected) {
@@ -489,7 +584,7 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
       }
       continue;
     }
-    const bool usable = (complete || retained_z[r] >= kLeastRetained) && own_z[r] >= kLeastRetained && norm_f > 0;
+    const bool usable = (complete || retained_z[r] >= kLeastRetained) && own_z[r] > 0 && norm_f > 0;
     if (!usable) {
       if (errors) {
         const auto nan = Eigen::RowVectorXf::Constant(rows.dim, kSkipped);
@@ -522,7 +617,7 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     if (errors) {
       keep_error(errors->plain, difference);
     }
-    if (set.rewrites()) {
+    if (changed) {
       f_own = output.num.row(r) / own_z[r];
     } else {
       f_own = f_r;

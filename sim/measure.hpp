@@ -33,6 +33,9 @@ class Meter {
   void show_prompt(const Set&, const Lane&);
   template <class ForEach>
   Eigen::ArrayXd top_weights(const Set&, const Lane&, const Rows&, ForEach attended) const;
+  std::vector<Pos> retained_at(const Set&, const Lane&, int row, int n_gone) const;
+  template <class Row, class ForEach>
+  double sum_anew(const Lane&, const Rows&, int row, double max_logit, Row&& num, ForEach for_each) const;
   void query_heads(const Set&, Lane&, const Rows&, HeadErrors*);
   void kv_head(const Set&, const Lane&);
   void keep_attended(const Set&, const Lane&);

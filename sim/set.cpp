@@ -7,9 +7,10 @@
 namespace kvreplay {
 namespace {
 
-constexpr double kUsableMass = 1e-30;  // of a row's largest weight; below, weights say nothing about each other
-constexpr float kMostLead = 70;        // of a rewritten slot's logit over the row's largest: beyond, it is all there is
-constexpr double kStaleMass = 1e-4;    // a running sum that shrank this far is summed anew
+constexpr double kUsableMass =
+    1e-30;                       // of a row's largest weight: from this to its inverse floats hold what is attended
+constexpr float kMostLead = 70;  // of a rewritten slot's logit over the row's largest: beyond, its mass is not usable
+constexpr double kStaleMass = 1e-4;  // a running sum that shrank this far is summed anew
 
 }  // namespace
 
@@ -92,7 +93,8 @@ const Stored* Set::find(const Lane& lane, int slot) const {
   return it == lane.stored.end() ? nullptr : &it->second;
 }
 
-// Where all that is resident weighs next to nothing beside what was evicted, weights have underflowed: logits anew.
+// Where all that is resident weighs next to nothing beside what was evicted, weights have underflowed, and where merged
+// slots outshine the trace they were capped: logits anew.
 void Set::resident_logits(const Lane& l, int lane, int head, std::span<double> out) const {
   const auto q = layer().queries(l.kv_head, now, 1).row(l.first_head + head);
   const auto logit = [&](const auto& k) {
@@ -134,7 +136,7 @@ void Set::resident_logits(const Lane& l, int lane, int head, std::span<double> o
 void Set::head_weights(int lane, int head, std::span<float> out) const {
   const Lane& l = lanes[lane];
   const int row = step_ * group_size() + l.first_head + head;
-  if (l.z[row] > kUsableMass) {
+  if (kUsableMass < l.z[row] && l.z[row] < 1 / kUsableMass) {
     const float inv_z = float(1 / l.z[row]);
     for (std::size_t i = 0; i < out.size(); ++i) {
       out[i] = l.slots[i].weights[row] * inv_z;
@@ -155,7 +157,7 @@ void Set::attention(std::span<float> out) const {
     const Lane& lane = lanes[li];
     const int row = step_ * group_size() + lane.first_head;
     const auto z = lane.z.segment(row, n_heads);
-    if (group == Reduce::max || !(z > kUsableMass).all()) {
+    if (group == Reduce::max || !(z > kUsableMass && z < 1 / kUsableMass).all()) {
       for (int g = 0; g < n_heads; ++g) {
         head_weights(li, g, one);
         for (std::size_t i = 0; i < out.size(); ++i) {
@@ -351,11 +353,21 @@ void Set::repair_z(Lane& lane, int from) {
   }
 }
 
+Column Set::as_in_trace(const Lane& lane, Pos p) const {
+  return {exact(lane).weights.row(p).data(),
+          layer().v[lane.kv_head].row(p).data(),
+          0,
+          n_steps,
+          n_steps,
+          p,
+          layer().k[lane.kv_head].row(p).data(),
+          0};
+}
+
 void Set::append(Pos p) {
   for (Lane& lane : lanes) {
-    const float* weights = exact(lane).weights.row(p).data();
-    const int c = add_column(lane, {weights, layer().v[lane.kv_head].row(p).data(), 0, n_steps, n_steps, p});
-    lane.slots.push_back({weights, c, c});
+    const int c = add_column(lane, as_in_trace(lane, p));
+    lane.slots.push_back({lane.columns[c].weights, c, c});
   }
 }
 
@@ -382,11 +394,11 @@ void Set::rewrite(int lane_index, int slot, const Eigen::VectorXf& k, const Eige
     Eigen::Map<Eigen::ArrayXf> tail(w.data() + from, n);
     tail = (layer().queries(lane.kv_head, e.begin + effect_, n_steps - effect_) * k).array();
     soft_cap(layer().logit_softcap, tail);
-    tail = (tail + new_bias - e.max_logit.tail(n)).min(kMostLead).exp();
+    tail = weight_of((tail + new_bias - e.max_logit.tail(n)).min(kMostLead));
     weights = w.data();
   }
   end_column(lane, lane.slots[slot].column);
-  lane.slots[slot].column = add_column(lane, {weights, own.v.data(), effect_, n_steps, 0, p});
+  lane.slots[slot].column = add_column(lane, {weights, own.v.data(), effect_, n_steps, 0, p, own.k.data(), own.bias});
   lane.slots[slot].weights = weights;
 }
 
@@ -416,11 +428,12 @@ void Set::attach_stored(Lane& lane) {
     const float* weights = e.weights.row(positions_[i]).data();
     if (own->own_logits) {
       auto row = w.row(j++).transpose().array();
-      row = (row + own->bias - e.max_logit).min(kMostLead).exp();
+      row = weight_of((row + own->bias - e.max_logit).min(kMostLead));
       weights = row.data();
     }
     end_column(lane, lane.slots[i].column);
-    lane.slots[i].column = add_column(lane, {weights, own->v.data(), 0, n_steps, 0, positions_[i]});
+    lane.slots[i].column =
+        add_column(lane, {weights, own->v.data(), 0, n_steps, 0, positions_[i], own->k.data(), own->bias});
     lane.slots[i].weights = weights;
   }
 }
@@ -442,8 +455,7 @@ void Set::begin_block(int steps) {
       lane.z.setZero(exact(lane).rows);
     }
     for (Pos p : lane.pinned) {
-      add_column(lane,
-                 {exact(lane).weights.row(p).data(), layer().v[lane.kv_head].row(p).data(), 0, n_steps, n_steps, p});
+      add_column(lane, as_in_trace(lane, p));
     }
     if (read_) {
       lane.read_num.setZero(steps * n_heads, v_head_dim);

@@ -35,6 +35,8 @@ struct Column {
   int begin, end;        // steps of the block during which the method attends it
   int plain_end;         // steps 0..plain_end during which the token is retained as it was; 0 for a rewritten copy
   Pos token;             // whose slot it is
+  const float* key;      // (head_dim), and what is added to its logits
+  float bias;
 };
 
 struct Stored {  // key and value of a rewritten slot
@@ -139,6 +141,7 @@ class Set final : public Cache, public Future {
  private:
   int add_column(Lane&, Column);
   void end_column(Lane&, int column);
+  Column as_in_trace(const Lane&, Pos) const;
   void append(Pos);
   void attach_stored(Lane&);
   void run_reader();

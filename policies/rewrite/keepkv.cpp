@@ -135,6 +135,9 @@ class KeepKv final : public Rewriter {
       k.row(i) = cache.key(lane, slot).cast<double>();
       v.row(i) = cache.value(lane, slot).cast<double>();
     }
+    if (logit.maxCoeff() == kNever) {  // nobody looked at any of them
+      logit.setZero();
+    }
     const double mass = log_sum(bias + logit), votes = log_sum(bias);
     const Eigen::VectorXd share = (bias + logit - mass).exp();
     const Eigen::VectorXd convex = k.transpose() * share;
@@ -241,7 +244,8 @@ class KeepKv final : public Rewriter {
     attn_.resize(view.pos.size());
     const Eigen::Map<const Eigen::ArrayXf> attn(attn_.data(), n);
     std::vector<double> log_z(static_cast<std::size_t>(view.n_heads)), log_weight(log_z.size(), 0);
-    double top = 0;  // of the logarithms that rows are shifted by
+    double top = 0;       // of the logarithms that rows are shifted by
+    bool unseen = false;  // beside a pinned prompt some head's attention to all slots has underflowed
     const auto logit = [&](int head, int slot) {
       return q.row(head).cast<double>().dot(view.key(lane, slot).cast<double>());
     };
@@ -253,7 +257,8 @@ class KeepKv final : public Rewriter {
       const double most = static_cast<double>(attn.maxCoeff(&largest));
       const auto h = static_cast<std::size_t>(head);
       log_z[h] = logit(head, largest) + state.bias[at(view, largest)] - std::log(most);
-      log_weight[h] = config_.domain == Domain::exp_logit ? log_z[h] : 0;
+      unseen = unseen || most <= 0;
+      log_weight[h] = config_.domain == Domain::exp_logit && most > 0 ? log_z[h] : 0;
       top = head == 0 ? log_weight[h] : std::max(top, log_weight[h]);
     }
     for (int head = 0; head < view.n_heads; ++head) {
@@ -264,11 +269,12 @@ class KeepKv final : public Rewriter {
     for (int i = 0; i < n; ++i) {
       const std::size_t pos = at(view, i);
       double score = std::log(sums_[i]) + top - state.bias[pos];
-      if (sums_[i] < kUnderflow) {
+      if (sums_[i] < kUnderflow || (unseen && config_.domain == Domain::exp_logit)) {
         score = kNever;
         for (int head = 0; head < view.n_heads; ++head) {
           const auto h = static_cast<std::size_t>(head);
-          score = log_add(score, logit(head, i) - log_z[h] + log_weight[h]);
+          const double shift = config_.domain == Domain::exp_logit ? 0 : log_z[h];
+          score = log_add(score, logit(head, i) - shift);
         }
       }
       state.log_score[pos] = log_add(keep + state.log_score[pos], add + score - log_heads);

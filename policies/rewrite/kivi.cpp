@@ -83,7 +83,8 @@ class Kivi final : public Rewriter {
       quantiser_.apply(channel);
       k.col(c) = channel;
     }
-    const double bytes = quantiser_.bytes(cache.head_dim, static_cast<double>(cache.head_dim) / config_.group);
+    const double bytes = quantiser_.bytes(cache.head_dim, static_cast<double>(cache.head_dim) / config_.group) +
+                         (config_.debias > 0 ? 2.0 / config_.group : 0);  // one bias for the group
     const float bias = config_.debias > 0 ? -noise_bias(cache.queries(lane, config_.debias), steps) : 0;
     for (int i = 0; i < config_.group; ++i) {
       const int slot = first + i;

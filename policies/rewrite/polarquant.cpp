@@ -102,10 +102,9 @@ class PolarQuant final : public Rewriter {
         bytes_(slot_bytes(config.what, key_.bytes, value_.bytes, shape)) {}
 
   void step(Cache& cache) override {
-    int end = static_cast<int>(cache.pos.size());
-    while (!config_.generated && end > 0 && cache.pos[static_cast<std::size_t>(end - 1)] >= cache.prompt_len) {
-      --end;
-    }
+    const auto last =
+        config_.generated ? cache.pos.end() : std::lower_bound(cache.pos.begin(), cache.pos.end(), cache.prompt_len);
+    const int end = static_cast<int>(last - cache.pos.begin());
     const int begin = encoded_.slot(cache);
     if (begin >= end) {
       return;

@@ -40,7 +40,9 @@ Layer engine_layer(const ToyLayer& toy) {
   layer.v_head_dim = o.v_head_dim;
   layer.n_tokens = o.n_tokens;
   layer.prompt_len = o.prompt_len;
-  layer.spans = o.spans;
+  for (const TokenSpan& span : o.spans) {  // as they are loaded: none ends beyond the tokens
+    layer.spans.push_back({span.name, span.begin, std::min(span.end, o.n_tokens)});
+  }
   layer.logit_softcap = static_cast<float>(o.softcap);
   layer.scale = static_cast<float>(toy.scale);
   layer.element_bytes = element_bytes(o.element);
