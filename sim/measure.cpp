@@ -464,9 +464,6 @@ void Meter::query_heads(const Set& set, Lane& lane, const Rows& rows, HeadErrors
     if (keeps) {
       keep(cell_.outputs.full, head, step, f);
     }
-    if (keeps) {
-      keep(cell_.outputs.full, head, step, f);
-    }
     if (errors) {
       errors->full.row(step).segment(head * rows.dim, rows.dim) = f.cast<float>();
     }
