@@ -203,8 +203,10 @@ def _steps(results):
 
 def _state(results, c):
     """Bytes per KV head that a compensator from beside the method keeps and reads."""
-    return float(np.mean(list(league.state_bytes(results, c["compensator"], c["method"]).values()))) if c[
-        "compensator"] else 0.0
+    if not c["compensator"]:
+        return 0.0
+    states = league.state_bytes(results, c["compensator"], c["label"])
+    return float(np.mean([x for (budget, _), x in states.items() if budget == c["budget"]]))
 
 
 def _cost(steps, kept, state, w, gpu):

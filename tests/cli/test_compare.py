@@ -68,10 +68,30 @@ def test_heads_depend_on_the_trace_alone(out, tmp_path):
                 np.testing.assert_array_equal(a[f"heads/t/{layer:03}/{name}"][()], b[f"heads/t/{layer:03}/{name}"][()])
 
 
-def test_run_json_says_what_a_state_weighs(out):
+def test_results_say_what_states_weigh(out):
     trace, = json.loads((out / "run.json").read_text())["traces"]
-    assert trace["state_bytes"] == {"mean": 4 * (16 + 16 + 1), "moments": 4 * (16 * 16 + 16 + 16 + 1)}
     assert (trace["head_dim"], trace["v_head_dim"]) == (16, 16)
+    mean, moments = 4 * (16 + 16 + 1), 4 * (16 * 16 + 16 + 16 + 1)
+    with h5py.File(out / "results.h5") as file:
+        assert set(file["cells/state_bytes"].asstr()[()]) == {f"{mean},{moments}"}
+
+
+def test_bytes_hold_states(out, tmp_path):
+    """States that grow with the budget, or that every query head of a group has, are within a budget in bytes; it may
+    hold one token more during a step, the current one."""
+    slot = 4 * (16 + 16)
+    for name, sets in (("h2o+clusters:validate=0", 1), ("h2o:scope=query_head+moments", 2),
+                       ("h2o:scope=query_head+clusters:validate=0", 2)):
+        folder = tmp_path / name.replace(":", "_")
+        rows = good_run(out.parent / "t.h5", folder, "-m", name, "-b", "8KiB", "-c", "none", "--metrics",
+                        "bytes,resident")
+        kept, resident = ({(r["layer"], r["kv_head"]): float(r["max"]) for r in rows if r["metric"] == metric}
+                          for metric in ("bytes", "resident"))
+        with h5py.File(folder / "results.h5") as file:
+            states = dict(zip(map(str, file["cells/layer"][()]), map(float, file["cells/state_bytes"].asstr()[()])))
+        for (layer, head), n in kept.items():
+            assert 8192 - sets * (slot + 132) < n <= 8192 + sets * slot
+            assert n == resident[layer, head] * slot + states[layer] and states[layer] > 0
 
 
 def test_commands(out, tmp_path):
