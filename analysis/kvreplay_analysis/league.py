@@ -15,7 +15,7 @@ import pandas as pd
 from . import bootstrap, latency
 from .errors import Absent, UsageError, nearest
 from .results import GROUPS, parts
-from .tables import pooled
+from .tables import pooled, pooled_over_traces
 
 AT = ("tokens", "bytes")
 SAME = 0.01  # sizes that differ by no more than this share are the same size
@@ -114,7 +114,7 @@ def _curves(results, at, compensated, gpu):
                 point = {m: means.get((label, budget, m, ""), np.nan) for m in METRICS}
                 if c:
                     point["error_output"] = means.get((label, budget, "error_corrected", c), np.nan)
-                    extra = float(np.mean([x for (b, _), x in state.items() if b == budget]))
+                    extra = state_at(results, c, label, budget)
                     point["bytes"] += extra
                     point["bytes_read"] += extra
                 point["size"] = point[_size(what["group"], at)]
@@ -156,6 +156,12 @@ def state_bytes(results, compensator, label):
     """{(budget, trace): bytes per KV head that a compensator keeps beside this method, mean over layers}; {} where the
     results do not say."""
     return results.once("state_bytes", lambda: _states(results)).get((compensator, label), {})
+
+
+def state_at(results, compensator, label, budget):
+    """The same at one budget, pooled over traces as bytes are."""
+    states = state_bytes(results, compensator, label)
+    return pooled_over_traces(results, pd.Series({t: x for (b, t), x in states.items() if b == budget}))
 
 
 def _states(results):

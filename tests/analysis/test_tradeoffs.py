@@ -1,9 +1,11 @@
 """Fidelity and its costs against numbers worked out by hand, on constructed results."""
 
 import json
+from dataclasses import replace
 
 import exact_results
 import numpy as np
+import pandas as pd
 import pytest
 from exact_results import cell
 
@@ -72,6 +74,23 @@ def test_worst_decile_is_a_tenth_of_the_heads_and_fidelity_not_below_zero(tmp_pa
     assert sorted(cells["F"].unique()) == [0, 0.5, 1]
     got = tradeoffs.quality(cells)
     assert got["worst_decile"] == 0 and got["fidelity"] == pytest.approx(1 - 3.5 / 4)
+
+
+def test_the_uncompressed_cache_is_all_of_itself(tmp_path):
+    """Traces of other lengths: bytes are pooled over steps, so what they are a share of is too."""
+    lengths = {"short": 64 + 161 / 2, "long": 64 + 481 / 2}
+    cells = [cell(label, budget, values(error, kept or length), trace=trace) for trace, length in lengths.items()
+             for label, budget, kept, error in (("full", "", None, 0.0), ("a", 32, 32, 0.1))]
+    folder = exact_results.write(tmp_path / "r", cells[:2], run=about(["short", "long"]))
+    other = exact_results.write(tmp_path / "s", cells[2:], run=about(["short", "long"]), n_steps=480)
+    short, long = load(folder), load(other)
+    both = replace(short, summary=pd.concat([short.summary, long.summary], ignore_index=True),
+                   cells=pd.concat([short.cells, long.cells], ignore_index=True))
+    mean = (160 * lengths["short"] + 480 * lengths["long"]) / 640
+    assert tradeoffs.full_bytes(both) == pytest.approx(32 * mean)
+    table = tradeoffs.tradeoffs(both, Workload(gpu=GPU), bands=False).set_index("label")
+    assert table.at["full", "bytes_share"] == pytest.approx(1)
+    assert table.at["a", "bytes_share"] == pytest.approx(32 / mean)
 
 
 def test_time_energy_and_capacity(table):
