@@ -2,13 +2,14 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import h5py
 import numpy as np
 import pytest
 
-from harness import arrays, assert_refused, good_run, kvreplay, make, write
+from harness import KVREPLAY, arrays, assert_refused, good_run, kvreplay, make, write
 
 P, N, LAYERS = 70, 210, (0, 3)
 PYTHON = {**os.environ, "KVREPLAY_PYTHON": os.environ.get("KVREPLAY_PYTHON", sys.executable)}
@@ -146,3 +147,9 @@ def test_what_is_refused(out, tmp_path):
     good_run(tmp_path / "t.h5", tmp_path / "other", "-m", "h2o", "-b", "16")
     refused(kvreplay("compare", out, tmp_path / "other", env=PYTHON), "trace t has content_hash")
     assert_refused(kvreplay("compare", out), 2, "B is required")
+
+
+def test_a_reader_that_leaves_is_no_error(out):
+    done = subprocess.run(["bash", "-c", '"$0" tradeoffs "$1" --json | head -c 1', KVREPLAY, out], env=PYTHON, text=True,
+                          capture_output=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("{", "")
