@@ -256,7 +256,7 @@ def winners(results, workload=Workload(), batches=(1, 8, 64), contexts=(), least
 
     Contexts are those of the run's traces, by their mean length. At others costs alone are carried over, with the
     fidelity as it was measured, which is kinder to a budget in tokens the longer the context: what a method keeps grows
-    with the context, except slots of a budget in tokens (a pinned prompt grows, so does what a selection keeps and
+    with the context, except slots of a budget in tokens or bytes (a pinned prompt grows, so does what a selection keeps and
     reads to choose).
     """
     from dataclasses import replace as changed
@@ -302,8 +302,8 @@ def at_context(c, steps, factor, prompt):
     """(bytes kept, bytes read by row of steps, slots attended by row) of a configuration in a context `factor` times
     as long."""
     read, attended = steps["bytes_read"], steps["attended"]
-    share = c["budget"] == "" or not str(c["budget"]).isdigit()  # of the prompt, or nothing ever leaves
-    if factor == 1 or share:
+    fixed = c["budget"].isdigit() or c["budget"].endswith("B")  # else a share of the prompt, or nothing ever leaves
+    if factor == 1 or not fixed:
         return c["bytes"] * factor, read * factor, attended * factor
     slot = c["bytes"] / c["resident"]
     if c["group"] == "selection":
@@ -311,7 +311,8 @@ def at_context(c, steps, factor, prompt):
         return c["bytes"] * factor, chosen + (read - chosen) * factor, attended
     if c["group"] == "pinned":
         more = prompt * (factor - 1)
-        return c["bytes"] + slot * more, read + slot * more, attended + more
+        n_sets = np.round(c["resident"] / attended.mean())  # each holds the prompt; heads attend their own
+        return c["bytes"] + slot * n_sets * more, read + slot * n_sets * more, attended + more
     return c["bytes"], read, attended
 
 
@@ -323,18 +324,21 @@ def spans(results):
     names = [m.removeprefix("retention:") for m in dict.fromkeys(rows["metric"]) if m.startswith("retention:")]
     if not names:
         raise Absent("the traces of this run have no spans: name ranges of tokens when capturing (--spans)")
-    wanted = [f"{kind}:{n}" for n in names for kind in ("retention", "lost_mass")] + ["evicted_mass", "resident"]
+    wanted = [f"{kind}:{n}" for n in names for kind in ("retention", "lost_mass")] + ["evicted_mass", "resident", "attended"]
     means = pooled(rows[rows["metric"].isin(wanted)], ["label", "budget", "metric"])["mean"].to_dict()
     length = pooled_over_traces(results, contexts_of(results))
     out = []
     for what in results.cells.drop_duplicates(["label", "budget"]).itertuples():
+        # Of one set: where query heads have sets of their own, `resident` adds them up. What a reader attends is fewer.
+        of_set = "resident" if what.group == "selection" else "attended"
+
         def get(metric, key=(what.label, what.budget)):
             return means.get((*key, metric), np.nan)
 
         for n in names:
             lost, evicted = get(f"lost_mass:{n}"), get("evicted_mass")
             out.append({"label": what.label, "budget": what.budget, "span": n, "keep": get(f"retention:{n}"),
-                        "overall": get("resident") / length, "lost_mass": lost,
+                        "overall": get(of_set) / length, "lost_mass": lost,
                         "span_share": lost / evicted if evicted > 0 else np.nan})
     return pd.DataFrame(out)
 

@@ -174,7 +174,7 @@ def test_longer_contexts_cost_what_grows(run):
 
     def at(label, factor):
         c = {"budget": "", "group": "evictable", "compensator": "", "label": label, "resident": 64, "bytes": 2048}
-        c.update({"b": {"budget": "64"}, "half": {"budget": "50%"},
+        c.update({"b": {"budget": "64"}, "half": {"budget": "50%"}, "bytes": {"budget": "2KiB"},
                   "full+quest": {"budget": "64", "group": "selection", "resident": CONTEXT, "bytes": FULL},
                   "h2o:pool=decode": {"budget": "32", "group": "pinned", "resident": 96, "bytes": 3072}}.get(label, {}))
         known = label if label in run.labels else "b"
@@ -182,10 +182,14 @@ def test_longer_contexts_cost_what_grows(run):
         return kept, float(read.mean()), float(attended.mean())
 
     assert at("b", 10) == (2048, 2048, 64)                       # 64 tokens, however long the context
+    assert at("bytes", 10) == (2048, 2048, 64)                   # and so do bytes
     assert at("half", 10) == (20480, 20480, 640)                 # half of it
     kept, read, attended = at("full+quest", 10)                  # all is kept; what is read to choose grows
     assert (kept, read, attended) == (pytest.approx(10 * FULL), pytest.approx(2048 + 4000), 64)
     assert at("h2o:pool=decode", 10) == (3072 + 32 * 576, 3072 + 32 * 576, 96 + 576)  # the prompt grows
+    own = {"budget": "32", "group": "pinned", "resident": 192, "bytes": 6144}  # two sets of 96, each with the prompt
+    more = tradeoffs.at_context(own, steps[steps["label"] == "h2o:pool=decode"], 10, 64)
+    assert (more[0], float(more[2].mean())) == (6144 + 2 * 32 * 576, 96 + 576)
     won = tradeoffs.winners(run, Workload(gpu="h100"), batches=(1,), contexts=(10 * CONTEXT,), least=0.999)
     assert list(won["measured"]) == [True, False]
     assert won["tokens_per_s"].iloc[0] == pytest.approx(10 * won["tokens_per_s"].iloc[1])
@@ -230,6 +234,10 @@ def test_spans_and_eviction_bias(tmp_path):
     assert (bias["low_ratio"], bias["high_ratio"]) == (pytest.approx(0.25), pytest.approx(0.75))
     assert bias["area"] == pytest.approx((0.25 * 0.3 + 0.25 * 0.4) / 0.5)  # trapezia over the ratios, per ratio
     assert tradeoffs.eviction_bias(run, "y", "x").iloc[0]["eb_32"] == pytest.approx(-0.3)
+    # Two heads of a group with a set each: twice the slots, the same share of the tokens.
+    own = [{**c, "values": {**c["values"], "resident": 2 * c["values"]["resident"]}} for c in cells]
+    twice = tradeoffs.spans(load(exact_results.write(tmp_path / "own", own, run=about("t"))))
+    assert list(twice["overall"]) == pytest.approx(list(frame["overall"]))
     with pytest.raises(UsageError, match="span z is none of x, y"):
         tradeoffs.eviction_bias(run, "z")
 
