@@ -218,9 +218,11 @@ class Run {
           const Pos first = first_stored_query(input->reader, layer);
           const Pos want = first_query(needs, input->prompt_len);
           if (first > want) {
+            const bool beside = first <= first_query(m.needs(), input->prompt_len);
             throw ConfigError(
-                fmt::format("{}the queries from position {} on, but layer {} has {}; capture with --queries {}", who,
-                            want, layer, first == info.n_tokens ? "none" : fmt::format("them from {} on", first),
+                fmt::format("{}the queries from position {} on, but layer {} has {}; capture with --queries {}",
+                            beside ? info.path.string() + ": a compensator beside " + m.label + " needs " : who, want,
+                            layer, first == info.n_tokens ? "none" : fmt::format("them from {} on", first),
                             want < input->prompt_len ? "all" : "decode"));
           }
           if (needs.pre_rope && !(info.rope.present && info.rope.invertible)) {
