@@ -145,7 +145,7 @@ Method parse(const Recorded& recorded, const Recorded::RecordedMethod& m) {
 }
 
 int tokens_of(const std::string& budget, const Recorded& recorded, const TraceInfo& trace) {
-  return Budget::parse(budget).tokens(recorded.traces[0].prompt_len, slot_bytes(trace), 0, 1);
+  return Budget::parse(budget).tokens(recorded.traces[0].prompt_len, slot_bytes(trace), {}, 1);
 }
 
 // Where methods differ most: not at the run's largest budget, where little is lost, nor at its smallest.

@@ -244,7 +244,7 @@ class Tuning {
         continue;
       }
       const Budget b = Budget::parse(text);
-      const int tokens = b.unit == Budget::Unit::bytes ? n_steps_ : b.tokens(prompt_len_, 1, 0, 1);
+      const int tokens = b.unit == Budget::Unit::bytes ? n_steps_ : b.tokens(prompt_len_, 1, {}, 1);
       first = std::max(first, pinned ? tokens : tokens - prompt_len_);
     }
     return std::min(first, n_steps_);

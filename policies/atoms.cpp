@@ -145,7 +145,7 @@ void AtomTrack::estimate(const EvictedBlock& block, Estimate& out) {
     while (n < losses.size() && (losses[n].step <= step || step == steps)) {
       ++n;
     }
-    join(losses.first(n), step);
+    join(losses.first(n), step, step < steps);
     losses = losses.subspan(n);
   }
   for (std::size_t c = 0; c < atoms_.size(); ++c) {
@@ -171,9 +171,10 @@ void AtomTrack::close(std::size_t atom, int step) {
   terms(atoms_[atom], q_.middleRows(from, Eigen::Index{step} * n_heads_ - from), version);
 }
 
-// The losses of one step, at once.
-void AtomTrack::join(std::span<const Loss> losses, int step) {
-  const bool again = rule_.every > 0 && now_ + step > 0 && (now_ + step) % rule_.every == 0 && !seen_.empty();
+// The losses of one step, at once. seen: rows of this block are at the step, so that clusters may be made anew for
+// them.
+void AtomTrack::join(std::span<const Loss> losses, int step, bool seen) {
+  const bool again = rule_.every > 0 && seen && now_ + step > 0 && (now_ + step) % rule_.every == 0 && !seen_.empty();
   if (rule_.every > 0) {
     seen_.insert(seen_.end(), losses.begin(), losses.end());
   }

@@ -66,7 +66,7 @@ class AtomTrack {
     MatD tilt;             // (rows, v_head_dim) or empty
   };
 
-  void join(std::span<const Loss> losses, int step);
+  void join(std::span<const Loss> losses, int step, bool seen);
   std::vector<std::size_t> assign(std::span<const Loss> losses, const Eigen::Ref<const MatD>& keys);
   std::vector<std::size_t> cluster(std::span<const Loss> losses, const Eigen::Ref<const MatD>& keys, bool anew) const;
   void open(std::size_t atom, int step);

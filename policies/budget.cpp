@@ -66,7 +66,8 @@ Budget Budget::parse(const std::string& text) {
   return b;
 }
 
-int Budget::tokens(Pos prompt_len, double slot_bytes, double state_bytes, int sets_per_kv_head) const {
+int Budget::tokens(Pos prompt_len, double slot_bytes, const std::function<double(int)>& state_bytes,
+                   int sets_per_kv_head) const {
   constexpr double kRound = 1e-9;  // 0.29 of 100 is 29 tokens
   switch (unit) {
     case Unit::none:
@@ -79,15 +80,21 @@ int Budget::tokens(Pos prompt_len, double slot_bytes, double state_bytes, int se
       break;
   }
   const double one = slot_bytes * sets_per_kv_head;
-  const double n = std::floor((value - state_bytes) / one + kRound);
-  if (n < 1) {
-    throw ConfigError(
-        "budget '" + text + "' does not hold one token: at least " + format_number(std::ceil(state_bytes + one)) +
-        " bytes per KV head are needed (" + format_number(one) + " for a token's key and value" +
-        (sets_per_kv_head > 1 ? " in each query head's set" : "") +
-        (state_bytes > 0 ? ", " + format_number(state_bytes) + " for what the method keeps beside" : "") + ")");
+  const auto state = [&](int n) { return state_bytes ? sets_per_kv_head * state_bytes(n) : 0; };
+  const auto fits = [&](int n) { return n * one + state(n) <= value + kRound * one; };
+  if (!fits(1)) {
+    throw ConfigError("budget '" + text + "' does not hold one token: at least " +
+                      format_number(std::ceil(one + state(1))) + " bytes per KV head are needed (" +
+                      format_number(one) + " for a token's key and value" +
+                      (sets_per_kv_head > 1 ? " in each query head's set" : "") +
+                      (state(1) > 0 ? ", " + format_number(state(1)) + " for what the method keeps beside" : "") + ")");
   }
-  return static_cast<int>(std::min(n, kUnbounded));
+  int n = 1, too_many = static_cast<int>(std::min(value / one + 2, kUnbounded));
+  while (too_many - n > 1) {
+    const int middle = n + (too_many - n) / 2;
+    (fits(middle) ? n : too_many) = middle;
+  }
+  return n;
 }
 
 }  // namespace kvreplay

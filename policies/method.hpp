@@ -30,9 +30,10 @@ struct Budget {
   double value = 0;
   std::string text;                              // as written; empty for none
   static Budget parse(const std::string& text);  // ConfigError
-  // Tokens per set. slot_bytes: of one token's key and value; state_bytes: what the method keeps beside its tokens.
-  // sets_per_kv_head: group_size in query_head scope, else 1.
-  int tokens(Pos prompt_len, double slot_bytes, double state_bytes, int sets_per_kv_head) const;
+  // Tokens per set. slot_bytes: of one token's key and value; state_bytes: what a set of that many tokens keeps beside
+  // them, never less for more tokens; empty: nothing. sets_per_kv_head: group_size in query_head scope, else 1.
+  int tokens(Pos prompt_len, double slot_bytes, const std::function<double(int)>& state_bytes,
+             int sets_per_kv_head) const;
 };
 
 // A value that differs from the part's default, because the user wrote it or a preset did.

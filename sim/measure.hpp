@@ -25,6 +25,7 @@ class Meter {
   Meter(const Layer&, const ReplayOptions&, const CellCompensators&, CellResult&, Checkpoints&, const FullAttention&,
         const Set&, int lane);
   void block(const Set&, Lane&, HeadErrors*);
+  double state_bytes(std::size_t compensator) const { return compensators_[compensator]->state_bytes(); }
 
  private:
   struct Rows;

@@ -260,7 +260,7 @@ class Replay {
     const Method& m = *r.job->method;
     const int budget = m.prefill_budget.unit == Budget::Unit::none
                            ? r.job->budget
-                           : m.prefill_budget.tokens(layer_.prompt_len, layer_.slot_bytes(), 0,
+                           : m.prefill_budget.tokens(layer_.prompt_len, layer_.slot_bytes(), {},
                                                      sets_per_kv_head(m.prefill_traits.scope));
     const SetPlan plan{
         .select = &*m.prefill_select, .traits = m.prefill_traits, .budget = budget, .seed = options_.seed};
@@ -467,6 +467,13 @@ class Replay {
     }
     if (r.job->method->traits.scope == Scope::query_head) {
       fold_query_heads(cell, layer_);
+    }
+    for (std::size_t c = 0; c < cell.compensators.size(); ++c) {
+      double sum = 0;
+      for (const Meter& meter : r.meters) {
+        sum += meter.state_bytes(c);
+      }
+      cell.state_bytes.push_back(sum / layer_.n_kv_heads);
     }
     const bool per_lane = r.job->method->prefill_select.has_value();  // lanes of one set keep different prompts
     for (const auto& set : r.sets) {

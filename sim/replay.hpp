@@ -40,6 +40,7 @@ struct Outputs {
 struct CellResult {
   std::vector<std::string> compensators;  // canonical text; the method's own, if any, is one of them
   int acting = -1;                        // which of these acts on the method's output
+  std::vector<double> state_bytes;        // of each at the end, per KV head; of all its sets in query_head scope
   std::vector<Series> series;             // in the order of the catalogue
   int n_steps = 0;
   // (n_sets, n_tokens) first decode step without the token, 0 = cut at the prompt, n_steps = never.

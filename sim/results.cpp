@@ -246,11 +246,13 @@ void ResultsWriter::add(const CellId& id, const CellResult& cell, const std::vec
     group.set("steps", std::span<const std::int32_t>(output_steps));
   }
   cells_.push_back(id);
-  std::string beside;
-  for (const std::string& c : cell.compensators) {
-    beside += (beside.empty() ? "" : ",") + c;
+  std::string beside, states;
+  for (std::size_t c = 0; c < cell.compensators.size(); ++c) {
+    beside += (c > 0 ? "," : "") + cell.compensators[c];
+    states += (c > 0 ? "," : "") + number(cell.state_bytes[c]);
   }
   beside_.push_back(beside);
+  states_.push_back(states);
   acting_.push_back(cell.acting >= 0 ? cell.compensators[std::size_t(cell.acting)] : "");
   n_steps_.push_back(cell.n_steps);
 }
@@ -295,6 +297,7 @@ void ResultsWriter::publish(const std::string& run_json) {
   integers("group_size", [](const CellId& c) { return c.n_heads / c.n_kv_heads; });
   cells.write_column("compensators", beside_);
   cells.write_column("compensator_acting", acting_);
+  cells.write_column("state_bytes", states_);
   cells.write_column("n_steps", n_steps_);
   storage_->file.root().set("format", "kvreplay-results");
   storage_->file.root().set("format_version", "1.0");

@@ -53,7 +53,7 @@ class ResultsWriter {
   std::unique_ptr<Storage> storage_;
   std::string summary_;  // rows of summary.csv so far
   std::vector<CellId> cells_;
-  std::vector<std::string> beside_, acting_;  // compensators, by cell
+  std::vector<std::string> beside_, acting_, states_;  // compensators, by cell
   std::vector<std::int32_t> n_steps_;
 };
 

@@ -218,9 +218,11 @@ class Run {
           const Pos first = first_stored_query(input->reader, layer);
           const Pos want = first_query(needs, input->prompt_len);
           if (first > want) {
+            const bool beside = first <= first_query(m.needs(), input->prompt_len);
             throw ConfigError(
-                fmt::format("{}the queries from position {} on, but layer {} has {}; capture with --queries {}", who,
-                            want, layer, first == info.n_tokens ? "none" : fmt::format("them from {} on", first),
+                fmt::format("{}the queries from position {} on, but layer {} has {}; capture with --queries {}",
+                            beside ? info.path.string() + ": a compensator beside " + m.label + " needs " : who, want,
+                            layer, first == info.n_tokens ? "none" : fmt::format("them from {} on", first),
                             want < input->prompt_len ? "all" : "decode"));
           }
           if (needs.pre_rope && !(info.rope.present && info.rope.invertible)) {
@@ -303,14 +305,14 @@ class Run {
     return needs.prompt_queries == Needs::kAll ? 0 : std::max<Pos>(0, prompt_len - needs.prompt_queries);
   }
 
-  // What a compensator remembers beside one set of slots.
-  static double state_bytes(const Input& input, const PartUse& compensator) {
+  // What a compensator remembers beside one set of so many slots.
+  static double state_bytes(const Input& input, const PartUse& compensator, int budget) {
     const TraceInfo& info = input.reader.info();
     const SetShape shape{.head_dim = info.head_dim,
                          .v_head_dim = info.v_head_dim,
                          .n_tokens = input.n_tokens,
                          .prompt_len = input.prompt_len,
-                         .budget = 1,
+                         .budget = budget,
                          .scores = {},
                          .evicted_at = {}};
     return compensator.info->compensate(compensator.config(input.layers[0]).get(), shape)->state_bytes();
@@ -318,7 +320,7 @@ class Run {
 
   static int tokens(const Input& input, const Method& m, const Budget& budget, Scope scope) {
     const TraceInfo& info = input.reader.info();
-    const double state = m.compensate ? state_bytes(input, *m.compensate) : 0;
+    const auto state = [&](int n) { return m.compensate ? state_bytes(input, *m.compensate, n) : 0; };
     return budget.tokens(input.prompt_len, slot_bytes(info), state, scope == Scope::query_head ? info.group_size : 1);
   }
 
@@ -623,11 +625,10 @@ class Run {
       for (const auto& [layer, reason] : input->skipped) {
         skipped.push_back({{"layer", layer}, {"reason", reason}});
       }
-      json compensators = json::array(), state = json::object();
+      json compensators = json::array();
       for (const PartUse& c : compensators_) {
         if (info.logit_softcap == 0) {
           compensators.push_back(canonical(c));
-          state[canonical(c)] = state_bytes(*input, c);
         }
       }
       j["traces"].push_back({{"path", info.path.string()},
@@ -647,8 +648,7 @@ class Run {
                              {"n_kv_heads", info.n_kv_heads},
                              {"layers", input->layers},
                              {"layers_skipped", skipped},
-                             {"compensators", compensators},
-                             {"state_bytes", state}});
+                             {"compensators", compensators}});
     }
     for (const auto& m : methods_) {
       const Preset* preset = find_preset(m->preset);

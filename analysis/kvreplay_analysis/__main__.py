@@ -1,6 +1,7 @@
 """`python -m kvreplay_analysis COMMAND ...`; `kvreplay` calls this."""
 
 import argparse
+import os
 import sys
 
 from . import commands
@@ -21,12 +22,17 @@ def main(argv=None):
     try:
         from .errors import Absent, ResultsError, UsageError
         try:
-            return commands.ALL[asked.command].run(asked) or 0
+            code = commands.ALL[asked.command].run(asked) or 0
+            sys.stdout.flush()
+            return code
         except UsageError as error:
             print(f"kvreplay {asked.command}: {error}", file=sys.stderr)
             return USAGE
         except (Absent, ResultsError) as error:
             print(f"kvreplay {asked.command}: {error}", file=sys.stderr)
+            return OTHER
+        except BrokenPipeError:  # its reader has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             return OTHER
         except OSError as error:
             print(f"kvreplay {asked.command}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)

@@ -15,7 +15,7 @@ import pandas as pd
 from . import bootstrap, latency
 from .errors import Absent, UsageError, nearest
 from .results import GROUPS, parts
-from .tables import pooled
+from .tables import pooled, pooled_over_traces
 
 AT = ("tokens", "bytes")
 SAME = 0.01  # sizes that differ by no more than this share are the same size
@@ -102,10 +102,9 @@ def _curves(results, at, compensated, gpu):
         if compensated and _may_be_compensated(what):
             # Run as a method of its own, a correction has its row there, under the same name.
             variants += [c for c in results.compensators if c in parts(what["compensators"])
-                         and f"{label}+{c}" not in labels and state_bytes(results, c, what["method"]) is not None]
+                         and f"{label}+{c}" not in labels and state_bytes(results, c, label)]
         for c in variants:
-            state = state_bytes(results, c, what["method"]) if c else {}
-            extra = float(np.mean([state[t] for t in cells["trace"].unique()])) if c else 0.0
+            state = state_bytes(results, c, label) if c else {}
             slow = us
             if c:
                 mine = costs_of_steps[costs_of_steps["label"] == label]
@@ -115,8 +114,9 @@ def _curves(results, at, compensated, gpu):
                 point = {m: means.get((label, budget, m, ""), np.nan) for m in METRICS}
                 if c:
                     point["error_output"] = means.get((label, budget, "error_corrected", c), np.nan)
-                point["bytes"] += extra
-                point["bytes_read"] += extra
+                    extra = state_at(results, c, label, budget)
+                    point["bytes"] += extra
+                    point["bytes_read"] += extra
                 point["size"] = point[_size(what["group"], at)]
                 points.append({"budget": budget, **point, "latency_us": slow.get((label, budget), np.nan)})
             frame = pd.DataFrame(points).dropna(subset=["size", "error_output"])
@@ -152,19 +152,40 @@ def shared_cells(results):
     return replace(results, cells=cells[chosen], summary=summary), len(cells) - sum(chosen)
 
 
-def state_bytes(results, compensator, method):
-    """{trace: bytes per KV head that the compensator's state weighs beside this method}; None where run.json does not
-    say. With scope=query_head every query head of a group has a set and a state of its own."""
-    group_size = results.cells.drop_duplicates("trace").set_index("trace")["group_size"]
-    own = re.search(r"scope=query_head(?=[,+/]|$)", method) is not None
+def state_bytes(results, compensator, label):
+    """{(budget, trace): bytes per KV head that a compensator keeps beside this method, mean over layers}; {} where the
+    results do not say."""
+    return results.once("state_bytes", lambda: _states(results)).get((compensator, label), {})
+
+
+def state_at(results, compensator, label, budget):
+    """The same at one budget, pooled over traces as bytes are."""
+    states = state_bytes(results, compensator, label)
+    return pooled_over_traces(results, pd.Series({t: x for (b, t), x in states.items() if b == budget}))
+
+
+def _states(results):
+    """{(compensator, label): {(budget, trace): bytes}}"""
+    cells = results.cells
+    if "state_bytes" not in cells:
+        return _states_of_old(results)
+    found = {}
+    for c in cells.to_dict("records"):
+        for compensator, each in zip(parts(c["compensators"]), c["state_bytes"].split(",")):
+            of_cell = found.setdefault((compensator, c["label"]), {})
+            of_cell.setdefault((c["budget"], c["trace"]), []).append(float(each))
+    return {key: {at: float(np.mean(x)) for at, x in states.items()} for key, states in found.items()}
+
+
+def _states_of_old(results):
+    """The same from run.json, where older versions say what one set's state weighs."""
     by_stem = {t.get("stem"): t.get("state_bytes") or {} for t in results.run.get("traces", []) if isinstance(t, dict)}
-    out = {}
-    for trace in results.traces:
-        each = by_stem.get(trace, {}).get(compensator)
-        if each is None:
-            return None
-        out[trace] = float(each) * (int(group_size[trace]) if own else 1)
-    return out
+    found = {}
+    for c in results.cells.to_dict("records"):
+        n_sets = c["group_size"] if re.search(r"scope=query_head(?=[,+/]|$)", c["method"]) else 1
+        for compensator, each in by_stem.get(c["trace"], {}).items():
+            found.setdefault((compensator, c["label"]), {})[c["budget"], c["trace"]] = float(each) * n_sets
+    return found
 
 
 def league(results, at="tokens", base=None, compensated=None, gpu=latency.DEFAULT, bands=True, budget=None):
@@ -408,8 +429,8 @@ def _at(group, name, unit, budget, size, base, bands):
         asked = [budget if c.sizes.get(budget) == s else b for b, s in zip(c.columns["budget"], c.columns["size"])]
         notes = [f"measured at budget {asked[below]}" if below == above
                  else f"between budgets {asked[below]} and {asked[above]}"]
-        if c.acting and unit == "tokens":
-            notes.append(f"{c.acting} keeps a state that tokens do not count: see bytes")
+        if (c.acting or c.compensator) and unit == "tokens":
+            notes.append(f"{c.acting or c.compensator} keeps a state that tokens do not count: see bytes")
         if base is None or oracle is None:
             lacks = "oracle" if base else f"base ({' or '.join(BASES)})"
             notes.append(f"no distance closed: the group has no {lacks}")

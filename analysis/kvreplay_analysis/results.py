@@ -21,6 +21,7 @@ SUMMARY_COLUMNS = ["trace", "layer", "kv_head", "q_head", "method", "label", "bu
                    "metric", "n", "n_skipped", *SUMMARY_NUMBERS]
 CELL_COLUMNS = ["trace", "layer", "method", "label", "budget", "budget_tokens", "foresight", "group", "compensators",
                 "compensator_acting", "n_steps", "prompt_len", "n_heads", "n_kv_heads", "group_size"]
+NEWER_CELL_COLUMNS = ["state_bytes"]  # which results of older versions lack
 HEAD_STATISTICS = ["sink", "local", "far", "entropy", "concentration"]
 
 
@@ -341,7 +342,9 @@ def _read_cells(path):
             group = file["cells"]
             block_steps = int(group.attrs.get("block_steps", file.attrs.get("block_steps", 64)))
             columns = {}
-            for name in CELL_COLUMNS:
+            for name in [*CELL_COLUMNS, *NEWER_CELL_COLUMNS]:
+                if name not in group and name in NEWER_CELL_COLUMNS:
+                    continue
                 if name not in group:
                     raise ResultsError(f"{path}: /cells/{name} is missing")
                 data = group[name]

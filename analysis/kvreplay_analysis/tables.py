@@ -18,6 +18,13 @@ def pooled(summary, by):
     return out.drop(columns="_sum")
 
 
+def pooled_over_traces(results, by_trace):
+    """Mean of a number of each trace (Series), weighed as what is measured of KV heads is: by decode steps and layers."""
+    what = results.cells.drop_duplicates(["trace", "layer"])
+    weights = (what["n_steps"] * what["n_kv_heads"]).groupby(what["trace"]).sum()
+    return float((by_trace * weights).sum(skipna=False) / weights.sum())
+
+
 def configurations(results, bands=True):
     """The table: one row per (label, budget), in the order of the run.
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from . import bootstrap, latency, league
 from .errors import Absent, UsageError
-from .tables import pooled
+from .tables import pooled, pooled_over_traces
 
 ELEMENT_BYTES = {"f32": 4, "float32": 4, "f16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
 COLUMNS = ["label", "compensator", "group", "foresight", "budget", "fidelity", "op", "og", "worst_decile", "least",
@@ -115,19 +115,26 @@ def quality(cells):
             "geometric_mean": geometric}
 
 
+def contexts_of(results):
+    """Series by trace: tokens that the uncompressed cache has at a mean decode step."""
+    what = results.cells.drop_duplicates("trace").set_index("trace")
+    return what["prompt_len"] + (what["n_steps"] + 1) / 2
+
+
 def full_bytes(results):
-    """Bytes per KV head that the uncompressed cache has at a mean decode step, mean over the traces; NaN where run.json
-    does not say what a token weighs."""
+    """Bytes per KV head that the uncompressed cache has at a mean decode step of all traces; NaN where run.json does
+    not say what a token weighs."""
     known = {t.get("stem"): t for t in results.run.get("traces", []) if isinstance(t, dict)}
-    sizes = []
-    for what in results.cells.drop_duplicates("trace").itertuples():
-        t = known.get(what.trace, {})
+
+    def slot(trace):
+        t = known.get(trace, {})
         each = ELEMENT_BYTES.get(t.get("element"))
         if each is None or not isinstance(t.get("head_dim"), int):
             return np.nan
-        slot = each * (t["head_dim"] + t.get("v_head_dim", t["head_dim"]))
-        sizes.append(slot * (what.prompt_len + (what.n_steps + 1) / 2))
-    return float(np.mean(sizes))
+        return each * (t["head_dim"] + t.get("v_head_dim", t["head_dim"]))
+
+    lengths = contexts_of(results)
+    return pooled_over_traces(results, lengths * [slot(t) for t in lengths.index])
 
 
 def dominated(error, tolerance, *costs):
@@ -203,8 +210,9 @@ def _steps(results):
 
 def _state(results, c):
     """Bytes per KV head that a compensator from beside the method keeps and reads."""
-    return float(np.mean(list(league.state_bytes(results, c["compensator"], c["method"]).values()))) if c[
-        "compensator"] else 0.0
+    if not c["compensator"]:
+        return 0.0
+    return league.state_at(results, c["compensator"], c["label"], c["budget"])
 
 
 def _cost(steps, kept, state, w, gpu):
@@ -248,26 +256,24 @@ def winners(results, workload=Workload(), batches=(1, 8, 64), contexts=(), least
 
     Contexts are those of the run's traces, by their mean length. At others costs alone are carried over, with the
     fidelity as it was measured, which is kinder to a budget in tokens the longer the context: what a method keeps grows
-    with the context, except slots of a budget in tokens (a pinned prompt grows, so does what a selection keeps and
+    with the context, except slots of a budget in tokens or bytes (a pinned prompt grows, so does what a selection keeps and
     reads to choose).
     """
     from dataclasses import replace as changed
 
     if not 0 <= least <= 1:
         raise UsageError(f"a fidelity of {least} is not between 0 and 1")
-    lengths = {what.trace: what.prompt_len + (what.n_steps + 1) / 2
-               for what in results.cells.drop_duplicates("trace").itertuples()}
-    places = [(length, True, results.only(trace=[t for t in lengths if lengths[t] == length]))
-              for length in sorted(set(lengths.values()))]
+    lengths = contexts_of(results)
+    places = [(length, True, results.only(trace=list(lengths.index[lengths == length])))
+              for length in sorted(set(lengths))]
     places += [(float(n), False, results) for n in contexts]
     out = []
     for context, measured, scope in places:
         costs = league.costs(scope, workload.gpu)
         costs = costs[costs["foresight"] != "oracle"]
         steps, gpu = _steps(scope), latency.gpu_named(workload.gpu)
-        here = scope.cells.drop_duplicates("trace")
-        length = float(np.mean([lengths[t] for t in here["trace"]]))
-        prompt = float(here["prompt_len"].mean())
+        length = pooled_over_traces(scope, contexts_of(scope))
+        prompt = pooled_over_traces(scope, scope.cells.drop_duplicates("trace").set_index("trace")["prompt_len"])
         good = [{**c, "fidelity": quality(fidelity_cells(scope, c["label"], c["budget"], c["compensator"]))["fidelity"]}
                 for c in costs.to_dict("records")]
         good = [c for c in good if c["fidelity"] >= least]
@@ -296,8 +302,8 @@ def at_context(c, steps, factor, prompt):
     """(bytes kept, bytes read by row of steps, slots attended by row) of a configuration in a context `factor` times
     as long."""
     read, attended = steps["bytes_read"], steps["attended"]
-    share = c["budget"] == "" or not str(c["budget"]).isdigit()  # of the prompt, or nothing ever leaves
-    if factor == 1 or share:
+    fixed = c["budget"].isdigit() or c["budget"].endswith("B")  # else a share of the prompt, or nothing ever leaves
+    if factor == 1 or not fixed:
         return c["bytes"] * factor, read * factor, attended * factor
     slot = c["bytes"] / c["resident"]
     if c["group"] == "selection":
@@ -305,7 +311,8 @@ def at_context(c, steps, factor, prompt):
         return c["bytes"] * factor, chosen + (read - chosen) * factor, attended
     if c["group"] == "pinned":
         more = prompt * (factor - 1)
-        return c["bytes"] + slot * more, read + slot * more, attended + more
+        n_sets = np.round(c["resident"] / attended.mean())  # each holds the prompt; heads attend their own
+        return c["bytes"] + slot * n_sets * more, read + slot * n_sets * more, attended + more
     return c["bytes"], read, attended
 
 
@@ -317,19 +324,21 @@ def spans(results):
     names = [m.removeprefix("retention:") for m in dict.fromkeys(rows["metric"]) if m.startswith("retention:")]
     if not names:
         raise Absent("the traces of this run have no spans: name ranges of tokens when capturing (--spans)")
-    wanted = [f"{kind}:{n}" for n in names for kind in ("retention", "lost_mass")] + ["evicted_mass", "resident"]
+    wanted = [f"{kind}:{n}" for n in names for kind in ("retention", "lost_mass")] + ["evicted_mass", "resident", "attended"]
     means = pooled(rows[rows["metric"].isin(wanted)], ["label", "budget", "metric"])["mean"].to_dict()
-    length = float(np.mean([w.prompt_len + (w.n_steps + 1) / 2
-                            for w in results.cells.drop_duplicates("trace").itertuples()]))
+    length = pooled_over_traces(results, contexts_of(results))
     out = []
     for what in results.cells.drop_duplicates(["label", "budget"]).itertuples():
+        # Of one set: where query heads have sets of their own, `resident` adds them up. What a reader attends is fewer.
+        of_set = "resident" if what.group == "selection" else "attended"
+
         def get(metric, key=(what.label, what.budget)):
             return means.get((*key, metric), np.nan)
 
         for n in names:
             lost, evicted = get(f"lost_mass:{n}"), get("evicted_mass")
             out.append({"label": what.label, "budget": what.budget, "span": n, "keep": get(f"retention:{n}"),
-                        "overall": get("resident") / length, "lost_mass": lost,
+                        "overall": get(of_set) / length, "lost_mass": lost,
                         "span_share": lost / evicted if evicted > 0 else np.nan})
     return pd.DataFrame(out)
 

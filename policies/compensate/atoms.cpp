@@ -36,7 +36,7 @@ class Atoms final : public Compensator {
       "float32 "
       "and are kept up to date as tokens leave, exact up to rank tokens per atom. atoms=16 and clusters by nearest key "
       "follow notes on VariKV, rank=8 is COBS' best. decay is ours: half of a weight is gone after ln 2 / -ln decay "
-      "steps, from the mass too.";
+      "steps, from the mass too. blocks divide the whole trace, whose length a running model would not know.";
   static constexpr std::array kParams = {
       number<&Config::atoms>("atoms", 1, 4096, "groups at most", Scale::log),
       choice<&Config::assign>("assign", kAssignments,

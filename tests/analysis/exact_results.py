@@ -11,12 +11,13 @@ STEPS, HEADS, KV_HEADS = 160, 4, 2
 
 
 def cell(label, budget, values, layer=0, trace="t", method=None, group="evictable", foresight="none", compensators="",
-         acting=""):
-    """values: {metric or metric.compensator: number, (rows,) or (rows, steps)}; a number holds everywhere."""
+         acting="", states=None):
+    """values: {metric or metric.compensator: number, (rows,) or (rows, steps)}; a number holds everywhere. states: bytes
+    of each compensator as the cell says them; None: as older versions, in run.json alone."""
     return dict(trace=trace, layer=layer, method=method or label, label=label, budget=str(budget),
                 budget_tokens=int(budget) if str(budget).isdigit() else -1, foresight=foresight, group=group,
                 compensators=compensators, compensator_acting=acting, n_heads=HEADS, n_kv_heads=KV_HEADS,
-                group_size=HEADS // KV_HEADS, values=values)
+                group_size=HEADS // KV_HEADS, values=values, **({} if states is None else {"state_bytes": states}))
 
 
 def write(folder, cells, traces=None, heads=None, run=None, n_steps=STEPS, prompt_len=64):

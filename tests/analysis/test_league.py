@@ -217,6 +217,21 @@ def test_state_of_a_compensator_is_charged(tmp_path):
     assert [c.name for c in league.curves(silent, "bytes")] == ["h2o", "own", "acting"]
 
 
+def test_a_state_that_grows_with_the_budget_is_charged_as_it_was_kept(tmp_path):
+    """Each cell says what it kept, mean over layers: not what a state weighs beside a set of one token."""
+    cells = [cell("h2o", b, {"error_corrected.clusters": 0.05, "error_corrected.mean": 0.05, "bytes": 1000.0 * b,
+                             "bytes_read": 1000.0 * b, "resident": b, "attended": b, "error_output": 0.1},
+                  layer=layer, compensators="mean,clusters", states=f"68,{(100 + 20 * layer) * b}")
+             for b in (1, 2) for layer in (0, 1)]
+    found = {c.name: c.points for c in league.curves(load(exact_results.write(tmp_path / "r", cells)), "bytes")}
+    assert list(found) == ["h2o", "h2o+mean", "h2o+clusters"]
+    assert list(found["h2o+mean"]["bytes"]) == [1068, 2068]
+    assert list(found["h2o+clusters"]["bytes"]) == [1110, 2220]
+    assert list(found["h2o+clusters"]["bytes_read"]) == [1110, 2220]
+    more = found["h2o+clusters"]["latency_us"] - found["h2o"]["latency_us"]
+    np.testing.assert_allclose(more, 2e6 * 2 * np.array([110, 220]) / latency.GPUS["H100-SXM"].bandwidth, rtol=1e-9)
+
+
 def test_a_correction_run_as_a_method_has_one_row(tmp_path):
     size = {b: {"bytes": 1000.0 * b, "bytes_read": 1000.0 * b, "resident": b, "attended": b} for b in (1, 2)}
     cells = [cell("h2o", b, {**size[b], "error_output": 0.1, "error_corrected.moments": 0.05}, compensators="moments")

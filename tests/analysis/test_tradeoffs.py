@@ -1,9 +1,11 @@
 """Fidelity and its costs against numbers worked out by hand, on constructed results."""
 
 import json
+from dataclasses import replace
 
 import exact_results
 import numpy as np
+import pandas as pd
 import pytest
 from exact_results import cell
 
@@ -72,6 +74,23 @@ def test_worst_decile_is_a_tenth_of_the_heads_and_fidelity_not_below_zero(tmp_pa
     assert sorted(cells["F"].unique()) == [0, 0.5, 1]
     got = tradeoffs.quality(cells)
     assert got["worst_decile"] == 0 and got["fidelity"] == pytest.approx(1 - 3.5 / 4)
+
+
+def test_the_uncompressed_cache_is_all_of_itself(tmp_path):
+    """Traces of other lengths: bytes are pooled over steps, so what they are a share of is too."""
+    lengths = {"short": 64 + 161 / 2, "long": 64 + 481 / 2}
+    cells = [cell(label, budget, values(error, kept or length), trace=trace) for trace, length in lengths.items()
+             for label, budget, kept, error in (("full", "", None, 0.0), ("a", 32, 32, 0.1))]
+    folder = exact_results.write(tmp_path / "r", cells[:2], run=about(["short", "long"]))
+    other = exact_results.write(tmp_path / "s", cells[2:], run=about(["short", "long"]), n_steps=480)
+    short, long = load(folder), load(other)
+    both = replace(short, summary=pd.concat([short.summary, long.summary], ignore_index=True),
+                   cells=pd.concat([short.cells, long.cells], ignore_index=True))
+    mean = (160 * lengths["short"] + 480 * lengths["long"]) / 640
+    assert tradeoffs.full_bytes(both) == pytest.approx(32 * mean)
+    table = tradeoffs.tradeoffs(both, Workload(gpu=GPU), bands=False).set_index("label")
+    assert table.at["full", "bytes_share"] == pytest.approx(1)
+    assert table.at["a", "bytes_share"] == pytest.approx(32 / mean)
 
 
 def test_time_energy_and_capacity(table):
@@ -155,7 +174,7 @@ def test_longer_contexts_cost_what_grows(run):
 
     def at(label, factor):
         c = {"budget": "", "group": "evictable", "compensator": "", "label": label, "resident": 64, "bytes": 2048}
-        c.update({"b": {"budget": "64"}, "half": {"budget": "50%"},
+        c.update({"b": {"budget": "64"}, "half": {"budget": "50%"}, "bytes": {"budget": "2KiB"},
                   "full+quest": {"budget": "64", "group": "selection", "resident": CONTEXT, "bytes": FULL},
                   "h2o:pool=decode": {"budget": "32", "group": "pinned", "resident": 96, "bytes": 3072}}.get(label, {}))
         known = label if label in run.labels else "b"
@@ -163,10 +182,14 @@ def test_longer_contexts_cost_what_grows(run):
         return kept, float(read.mean()), float(attended.mean())
 
     assert at("b", 10) == (2048, 2048, 64)                       # 64 tokens, however long the context
+    assert at("bytes", 10) == (2048, 2048, 64)                   # and so do bytes
     assert at("half", 10) == (20480, 20480, 640)                 # half of it
     kept, read, attended = at("full+quest", 10)                  # all is kept; what is read to choose grows
     assert (kept, read, attended) == (pytest.approx(10 * FULL), pytest.approx(2048 + 4000), 64)
     assert at("h2o:pool=decode", 10) == (3072 + 32 * 576, 3072 + 32 * 576, 96 + 576)  # the prompt grows
+    own = {"budget": "32", "group": "pinned", "resident": 192, "bytes": 6144}  # two sets of 96, each with the prompt
+    more = tradeoffs.at_context(own, steps[steps["label"] == "h2o:pool=decode"], 10, 64)
+    assert (more[0], float(more[2].mean())) == (6144 + 2 * 32 * 576, 96 + 576)
     won = tradeoffs.winners(run, Workload(gpu="h100"), batches=(1,), contexts=(10 * CONTEXT,), least=0.999)
     assert list(won["measured"]) == [True, False]
     assert won["tokens_per_s"].iloc[0] == pytest.approx(10 * won["tokens_per_s"].iloc[1])
@@ -211,6 +234,10 @@ def test_spans_and_eviction_bias(tmp_path):
     assert (bias["low_ratio"], bias["high_ratio"]) == (pytest.approx(0.25), pytest.approx(0.75))
     assert bias["area"] == pytest.approx((0.25 * 0.3 + 0.25 * 0.4) / 0.5)  # trapezia over the ratios, per ratio
     assert tradeoffs.eviction_bias(run, "y", "x").iloc[0]["eb_32"] == pytest.approx(-0.3)
+    # Two heads of a group with a set each: twice the slots, the same share of the tokens.
+    own = [{**c, "values": {**c["values"], "resident": 2 * c["values"]["resident"]}} for c in cells]
+    twice = tradeoffs.spans(load(exact_results.write(tmp_path / "own", own, run=about("t"))))
+    assert list(twice["overall"]) == pytest.approx(list(frame["overall"]))
     with pytest.raises(UsageError, match="span z is none of x, y"):
         tradeoffs.eviction_bias(run, "z")
 

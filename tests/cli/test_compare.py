@@ -2,13 +2,14 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import h5py
 import numpy as np
 import pytest
 
-from harness import arrays, assert_refused, good_run, kvreplay, make, write
+from harness import KVREPLAY, arrays, assert_refused, good_run, kvreplay, make, write
 
 P, N, LAYERS = 70, 210, (0, 3)
 PYTHON = {**os.environ, "KVREPLAY_PYTHON": os.environ.get("KVREPLAY_PYTHON", sys.executable)}
@@ -68,10 +69,30 @@ def test_heads_depend_on_the_trace_alone(out, tmp_path):
                 np.testing.assert_array_equal(a[f"heads/t/{layer:03}/{name}"][()], b[f"heads/t/{layer:03}/{name}"][()])
 
 
-def test_run_json_says_what_a_state_weighs(out):
+def test_results_say_what_states_weigh(out):
     trace, = json.loads((out / "run.json").read_text())["traces"]
-    assert trace["state_bytes"] == {"mean": 4 * (16 + 16 + 1), "moments": 4 * (16 * 16 + 16 + 16 + 1)}
     assert (trace["head_dim"], trace["v_head_dim"]) == (16, 16)
+    mean, moments = 4 * (16 + 16 + 1), 4 * (16 * 16 + 16 + 16 + 1)
+    with h5py.File(out / "results.h5") as file:
+        assert set(file["cells/state_bytes"].asstr()[()]) == {f"{mean},{moments}"}
+
+
+def test_bytes_hold_states(out, tmp_path):
+    """States that grow with the budget, or that every query head of a group has, are within a budget in bytes; it may
+    hold one token more during a step, the current one."""
+    slot = 4 * (16 + 16)
+    for name, sets in (("h2o+clusters:validate=0", 1), ("h2o:scope=query_head+moments", 2),
+                       ("h2o:scope=query_head+clusters:validate=0", 2)):
+        folder = tmp_path / name.replace(":", "_")
+        rows = good_run(out.parent / "t.h5", folder, "-m", name, "-b", "8KiB", "-c", "none", "--metrics",
+                        "bytes,resident")
+        kept, resident = ({(r["layer"], r["kv_head"]): float(r["max"]) for r in rows if r["metric"] == metric}
+                          for metric in ("bytes", "resident"))
+        with h5py.File(folder / "results.h5") as file:
+            states = dict(zip(map(str, file["cells/layer"][()]), map(float, file["cells/state_bytes"].asstr()[()])))
+        for (layer, head), n in kept.items():
+            assert 8192 - sets * (slot + 132) < n <= 8192 + sets * slot
+            assert n == resident[layer, head] * slot + states[layer] and states[layer] > 0
 
 
 def test_commands(out, tmp_path):
@@ -126,3 +147,9 @@ def test_what_is_refused(out, tmp_path):
     good_run(tmp_path / "t.h5", tmp_path / "other", "-m", "h2o", "-b", "16")
     refused(kvreplay("compare", out, tmp_path / "other", env=PYTHON), "trace t has content_hash")
     assert_refused(kvreplay("compare", out), 2, "B is required")
+
+
+def test_a_reader_that_leaves_is_no_error(out):
+    done = subprocess.run(["bash", "-c", '"$0" tradeoffs "$1" --json | head -c 1', KVREPLAY, out], env=PYTHON, text=True,
+                          capture_output=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("{", "")

@@ -220,6 +220,12 @@ def test_queries_of_the_decode_alone(folder, tmp_path, method, ok):
     else:
         assert_refused(run(path, tmp_path / "out", "-m", method, "-b", "64"), 2, method, "queries", "--queries all")
         assert not (tmp_path / "out").exists()
+    # Which of the two lacks them: the method, or what is measured beside it.
+    done = run(path, tmp_path / "more", "-m", method, "-b", "64", "-c", "clusters")
+    if ok and method in ("streaming", "knorm"):
+        assert_refused(done, 2, f"a compensator beside {method} needs the queries", "--queries all")
+    elif not ok:
+        assert_refused(done, 2, f"{method} needs the queries")
 
 
 def test_no_queries_at_all(trace, tmp_path):

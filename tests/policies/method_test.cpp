@@ -2,6 +2,8 @@
 
 #include <catch2/catch.hpp>
 
+#include <limits>
+
 #include "policies/catalogue.hpp"
 #include "policies/values.hpp"
 
@@ -53,7 +55,7 @@ TEST_CASE("a method's name is canonical: presets expanded, defaults omitted, key
 TEST_CASE("the selector after a slash owns the decode tokens") {
   const Method m = parse_method("snapkv:budget=64,scope=query_head/h2o");
   REQUIRE(m.prefill_select);
-  CHECK(m.prefill_budget.tokens(1000, 1, 0, 1) == 64);
+  CHECK(m.prefill_budget.tokens(1000, 1, {}, 1) == 64);
   CHECK(m.prefill_traits.scope == Scope::query_head);
   CHECK(m.traits.pool == Pool::decode);
   CHECK(m.needs().prompt_queries == 64);  // the pinned prompt asks h2o for none
@@ -195,7 +197,8 @@ TEST_CASE("every part survives its own canonical text at the bounds of every key
 
 TEST_CASE("a budget is tokens, a fraction of the prompt, or bytes") {
   const auto tokens = [](const char* text, int prompt = 1000, double slot = 512, double state = 0, int sets = 1) {
-    return Budget::parse(text).tokens(prompt, slot, state, sets);
+    return Budget::parse(text).tokens(
+        prompt, slot, [state](int) { return state; }, sets);
   };
   CHECK(tokens("128") == 128);
   CHECK(tokens("0.25") == 250);
@@ -209,7 +212,20 @@ TEST_CASE("a budget is tokens, a fraction of the prompt, or bytes") {
   CHECK(tokens("0.5MiB") == 1024);
   CHECK(tokens("64KiB", 1000, 512, 513) == 126);
   CHECK(tokens("64KiB", 1000, 512, 0, 4) == 32);
+  CHECK(tokens("65535B") == 127);
+  CHECK(tokens("512B") == 1);
+  CHECK(tokens("64KiB", 1000, 512, 512, 4) == 31);  // each of the four sets has a state
+  CHECK(tokens("9e17B", 1000, 1) == std::numeric_limits<int>::max() - 1);
   CHECK_THROWS_WITH(tokens("100B", 1000, 512, 40), Contains("552 bytes") && Contains("100B"));
+  // A state that grows with the set: a fifth as many entries of 1032 bytes each.
+  const auto growing = [](const char* text) {
+    return Budget::parse(text).tokens(
+        1000, 512, [](int n) { return 1032.0 * (n / 5); }, 1);
+  };
+  CHECK(growing("2048B") == 4);
+  CHECK(growing("3591B") == 4);
+  CHECK(growing("3592B") == 5);
+  CHECK(growing("64KiB") == 91);  // 91 * 512 + 18 * 1032 = 65168
   for (const char* text : {"", "0", "-1", "0.0", "1.5", "150%", "x", "12q", "nan", "0B", "1e99", "%", "B"}) {
     INFO(text);
     CHECK_THROWS_AS(Budget::parse(text), ConfigError);

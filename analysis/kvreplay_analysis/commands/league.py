@@ -92,4 +92,6 @@ def best_text(table, title):
                           "-" if r["closed"] != r["closed"] else f"{r['closed']:.3f}", number(r["resident"]),
                           number(r["bytes"]), number(r["bytes_read"]), r["oracle"] or "-", number(r["oracle_error"])])
         lines += ["", GROUPS.get(group, group), *aligned(cells)]
+    if ((table["class"] == "correction") & (table["unit"] == "tokens")).any():
+        lines += ["", "Tokens do not count what a correction remembers: bytes do, and --at bytes ranks by them"]
     return "\n".join(lines)
