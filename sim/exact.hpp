@@ -1,5 +1,6 @@
 // Exact attention of a block of queries: the work that every method of a run shares.
 #pragma once
+#include "policies/soft_cap.hpp"
 #include "sim/layer.hpp"
 
 namespace kvreplay {
@@ -38,14 +39,6 @@ template <class Array>
 auto weight_of(const Array& x) {
   constexpr float kSmallest = 1.6e-38F;
   return (x.exp() - kSmallest).max(0.0F);
-}
-
-// logits -> logits of a layer with a soft-cap; does nothing where cap is 0.
-template <class Array>
-void soft_cap(float cap, Array&& logits) {
-  if (cap > 0) {
-    logits = cap * (logits / cap).tanh();
-  }
 }
 
 }  // namespace kvreplay
