@@ -57,7 +57,7 @@ class HeadKv final : public Allocator {
     const Eigen::ArrayXXd all = shares(l);
     std::vector<int> budgets;
     for (const double x : all.row(static_cast<Eigen::Index>(layer))) {
-      budgets.push_back(std::max(1, static_cast<int>(std::rint(x))) + config_.window);
+      budgets.push_back(std::max(1, static_cast<int>(std::rint(x)) + config_.window));
     }
     return budgets;
   }
