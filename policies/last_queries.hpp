@@ -2,6 +2,8 @@
 #pragma once
 #include "policies/column_mass.hpp"
 #include "policies/errors.hpp"
+#include "policies/protect.hpp"
+#include "policies/soft_cap.hpp"
 
 namespace kvreplay {
 
@@ -21,7 +23,12 @@ inline MatF last_logits(const View& view, int lane, int last, Eigen::Index n) {
   for (Eigen::Index i = 0; i < n; ++i) {
     k.row(i) = view.key(lane, static_cast<int>(i));
   }
-  return view.queries(lane, last) * k.transpose();
+  MatF logits = view.queries(lane, last) * k.transpose();
+  soft_cap(view.logit_softcap, logits.array());
+  for (Eigen::Index i = 0; i < n; ++i) {
+    logits.col(i).array() += view.bias(lane, static_cast<int>(i));
+  }
+  return logits;
 }
 
 // Their softmax, each over the slots that its own token could see: (voters * n_heads, n_slots), 0 for the others.
@@ -87,6 +94,14 @@ inline void check_kernel(std::string_view part, int kernel) {
     throw ConfigError(std::string(part) + ": kernel=" + std::to_string(kernel) +
                       " is even; pooling is centred, so kernel must be odd");
   }
+}
+
+// Scores of the first slots; the others, which are the window's, stand above them all, and those that the budget holds
+// are protected.
+inline void score_before_window(const View& view, const Eigen::RowVectorXd& s, int window, std::span<float> out) {
+  std::fill(out.begin(), out.end(), s.size() > 0 ? static_cast<float>(s.maxCoeff()) + 1 : 0.0F);
+  std::transform(s.begin(), s.end(), out.begin(), [](double x) { return static_cast<float>(x); });
+  protect(view, 0, window, out);
 }
 
 }  // namespace kvreplay

@@ -96,18 +96,20 @@ class View {
   virtual VecF key(int lane, int slot) const = 0;    // (head_dim) as stored now
   virtual VecF value(int lane, int slot) const = 0;  // (v_head_dim)
   // The last `last` queries up to now, oldest first, heads of one token adjacent: (last * n_heads, head_dim).
-  // The softmax scale is folded in: logit = q . k. Fewer rows at the start of the sequence.
+  // The softmax scale is folded in: logit = q . k, but for soft-cap and bias. Fewer rows at the start of the sequence.
   virtual MatF queries(int lane, int last) const = 0;
   // Attention that each token received from the last `last` prompt queries (kAll: all), each softmaxed over its own
   // past, summed over these queries: (n_heads, prompt_len). Computed once for all methods; prefill only.
   virtual MatD column_mass(int lane, int last) const = 0;
+  // On the slot's logit, after the soft-cap.
+  virtual float bias(int /*lane*/, int /*slot*/) const { return 0; }
   Reduce group = Reduce::mean;
+  float logit_softcap = 0;  // of the trace, on every logit (soft_cap.hpp); 0: none
 };
 
 // A view whose slots may be changed, from the next step on. Logits of other slots are never recomputed.
 class Cache : public View {
  public:
-  virtual float bias(int lane, int slot) const = 0;
   // bytes: what this slot's key and value now cost to keep, constants included.
   virtual void rewrite(int lane, int slot, const Eigen::VectorXf& k, const Eigen::VectorXf& v, float bias,
                        double bytes) = 0;
@@ -230,8 +232,8 @@ struct EvictedBlock {
 struct PromptCut {
   MatF q;  // (last prompt queries * n_heads, head_dim) softmax scale folded in
   int n_heads;
-  MatF retained_k, evicted_k;  // (tokens, head_dim)
-  MatF retained_v, evicted_v;  // (tokens, v_head_dim)
+  MatF retained_k, evicted_k;     // (tokens, head_dim)
+  MatF retained_v, evicted_v;     // (tokens, v_head_dim)
   std::vector<Pos> evicted = {};  // positions of the evicted
 };
 struct MomentNeeds;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "policies/policy.hpp"
+#include "policies/soft_cap.hpp"
 
 namespace kvreplay {
 
@@ -22,6 +23,7 @@ inline FitRows fit_rows(const View& view, int lane, int last, const std::vector<
     k.row(i) = view.key(lane, i);
   }
   FitRows rows{q.cast<double>(), q.cast<double>() * k.cast<double>().transpose()};
+  soft_cap(view.logit_softcap, rows.logits.array());
   const Pos first = view.now - static_cast<Pos>(q.rows()) / view.n_heads + 1;
   std::vector<Eigen::Index> usable;
   for (Eigen::Index r = 0; r < q.rows(); ++r) {

@@ -52,4 +52,8 @@ std::vector<int> split(int total, std::span<const double> weights, std::span<con
   return shares;
 }
 
+int room(const Allocator::Layers& l) {
+  return std::max(l.budget, l.budget <= l.prompt_len ? l.prompt_len : l.n_tokens);
+}
+
 }  // namespace kvreplay

@@ -3,6 +3,8 @@
 #include <span>
 #include <vector>
 
+#include "policies/policy.hpp"
+
 namespace kvreplay {
 
 enum class Leftover { remainder, last };  // what rounding down leaves: to the largest remainders; to the last that can
@@ -11,5 +13,8 @@ enum class Leftover { remainder, last };  // what rounding down leaves: to the l
 // given out, or as much as `most` allows. Where all weights are 0 they count as equal; of equal remainders the first.
 std::vector<int> split(int total, std::span<const double> weights, std::span<const int> most,
                        Leftover leftover = Leftover::remainder);
+
+// What no head can use more of: the prompt, as long as the budget itself is within it.
+int room(const Allocator::Layers&);
 
 }  // namespace kvreplay

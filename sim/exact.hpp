@@ -1,5 +1,6 @@
 // Exact attention of a block of queries: the work that every method of a run shares.
 #pragma once
+#include "policies/soft_cap.hpp"
 #include "sim/layer.hpp"
 
 namespace kvreplay {
@@ -38,14 +39,6 @@ template <class Array>
 auto weight_of(const Array& x) {
   constexpr float kLeast = -87.3F, kSteep = 1e30F;  // a step from 0 to 1, of operations that packets have
   return x.exp() * ((x - kLeast) * kSteep).min(1.0F).max(0.0F);
-}
-
-// logits -> logits of a layer with a soft-cap; does nothing where cap is 0.
-template <class Array>
-void soft_cap(float cap, Array&& logits) {
-  if (cap > 0) {
-    logits = cap * (logits / cap).tanh();
-  }
 }
 
 }  // namespace kvreplay

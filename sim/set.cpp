@@ -23,6 +23,7 @@ Set::Set(Shared& shared, const SetPlan& plan, int index)
   const Layer& l = shared.layer;
   budget = plan.budget;
   prompt_len = l.prompt_len;
+  logit_softcap = l.logit_softcap;
   head_dim = l.head_dim;
   v_head_dim = l.v_head_dim;
   group = traits.group;

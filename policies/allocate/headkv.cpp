@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "policies/part.hpp"
+#include "policies/shares.hpp"
 
 namespace kvreplay {
 namespace {
@@ -21,6 +22,7 @@ class HeadKv final : public Allocator {
   static constexpr std::string_view kDeviation =
       "one budget per KV head where the authors' code has one per query head; heads of the run's "
       "layers instead of the model's. beta is KVCache-Factory's, which leaves nearly all to the pool. "
+      "What a head has no room for goes to the others, where the code lets it lapse. "
       "Scores come from `kvreplay headscores` (--hard: the head's top token is the next one), on this "
       "trace. Without a table all heads are alike";
   static constexpr std::array kParams{
@@ -48,21 +50,36 @@ class HeadKv final : public Allocator {
   }
 
   std::vector<int> over_heads(const Layers& l, std::size_t layer) const override {
-    const double shared = l.budget - config_.window, sum = l.worth.sum();
+    const auto n = static_cast<std::size_t>(l.worth.cols());
+    if (l.budget - config_.window < 1 || l.worth.sum() <= 0 || l.budget >= l.n_tokens) {
+      return std::vector<int>(n, l.budget);
+    }
+    const Eigen::ArrayXXd all = shares(l);
     std::vector<int> budgets;
-    for (const double x : l.worth.row(static_cast<Eigen::Index>(layer))) {
-      if (shared < 1 || sum <= 0 || l.budget >= l.n_tokens) {
-        budgets.push_back(l.budget);
-        continue;
-      }
-      const double given = std::floor(shared / config_.beta);
-      const double pool = given * static_cast<double>(l.worth.size());
-      budgets.push_back(std::max(1, static_cast<int>(std::rint(x / sum * pool + shared - given)) + config_.window));
+    for (const double x : all.row(static_cast<Eigen::Index>(layer))) {
+      budgets.push_back(std::max(1, static_cast<int>(std::rint(x)) + config_.window));
     }
     return budgets;
   }
 
  private:
+  // Of all heads, the window aside: (layers, KV heads). What a head has no room for goes to the others by their scores.
+  Eigen::ArrayXXd shares(const Layers& l) const {
+    const double shared = l.budget - config_.window, given = std::floor(shared / config_.beta), own = shared - given;
+    const double most = room(l) - config_.window;
+    double pool = given * static_cast<double>(l.worth.size());
+    Eigen::ArrayXXd open = Eigen::ArrayXXd::Ones(l.worth.rows(), l.worth.cols());  // 1: not full; 0: full
+    Eigen::ArrayXXd out = open;
+    for (bool filled = true; filled && open.sum() > 0;) {
+      const Eigen::ArrayXXd worth = (l.worth.array() * open).sum() > 0 ? l.worth.array() * open : open;
+      out = (open > 0).select(own + worth / worth.sum() * pool, most);
+      filled = (out > most).any();
+      pool -= (out > most).select(most - own, 0.0 * out).sum();
+      open = (out > most).select(0.0, open);
+    }
+    return out.min(most);
+  }
+
   Config config_;
 };
 

@@ -51,6 +51,9 @@ class SurfaceLogic final : public Allocator {
   double worth() const override { return config_.w_surface * config_.surface + config_.w_logic * config_.logic; }
 
   std::vector<int> over_layers(const Layers& l) const override {
+    if (l.budget >= l.n_tokens) {
+      return Allocator::over_layers(l);  // nobody has to do without
+    }
     const auto n = l.index.size();
     const MatD worth = shuffled(l);
     const double sum = worth.sum();
@@ -59,7 +62,7 @@ class SurfaceLogic final : public Allocator {
       const double own = sum > 0 ? worth.row(static_cast<Eigen::Index>(i)).sum() / sum : 1.0 / static_cast<double>(n);
       share.push_back((1 - config_.rho) / static_cast<double>(n) + config_.rho * own);
     }
-    std::vector<int> budgets = split(static_cast<int>(n) * l.budget, share, std::vector<int>(n, most(l)));
+    std::vector<int> budgets = split(static_cast<int>(n) * l.budget, share, std::vector<int>(n, room(l)));
     for (int& b : budgets) {
       if (b == 0) {
         --*std::max_element(budgets.begin(), budgets.end());
@@ -72,9 +75,12 @@ class SurfaceLogic final : public Allocator {
   std::vector<int> over_heads(const Layers& l, std::size_t layer) const override {
     const Eigen::RowVectorXd row = shuffled(l).row(static_cast<Eigen::Index>(layer));
     const std::vector<double> worth(row.begin(), row.end());
+    if (l.budget >= l.n_tokens) {
+      return std::vector<int>(worth.size(), l.budget);
+    }
     const int mean = over_layers(l)[layer], least = std::min(config_.b_min, mean);
     std::vector<int> budgets = split((mean - least) * static_cast<int>(worth.size()), worth,
-                                     std::vector<int>(worth.size(), std::max(mean, most(l)) - least));
+                                     std::vector<int>(worth.size(), std::max(mean, room(l)) - least));
     for (int& b : budgets) {
       b += least;
     }
@@ -82,9 +88,6 @@ class SurfaceLogic final : public Allocator {
   }
 
  private:
-  // What no head can use more of: the prompt, as long as the budget itself is within it.
-  static int most(const Layers& l) { return std::max(l.budget, l.budget <= l.prompt_len ? l.prompt_len : l.n_tokens); }
-
   MatD shuffled(const Layers& l) const {
     MatD worth = l.worth;
     for (Eigen::Index i = worth.size(); config_.placebo > 0 && i-- > 1;) {

@@ -2,7 +2,6 @@
 // and keys that others repeat count less.
 #include "policies/last_queries.hpp"
 #include "policies/part.hpp"
-#include "policies/protect.hpp"
 #include "policies/redundancy.hpp"
 
 namespace kvreplay {
@@ -86,11 +85,7 @@ class Gkv final : public Selector {
     if (config_.lambda < 1 && n > 0) {
       s = config_.lambda * s - (1 - config_.lambda) * repeated(view, n);
     }
-    std::fill(out.begin(), out.end(), 0.0F);
-    for (Eigen::Index i = 0; i < n; ++i) {
-      out[static_cast<std::size_t>(i)] = static_cast<float>(s[i]);
-    }
-    protect(view, 0, window, out);
+    score_before_window(view, s, window, out);
   }
 
   void evicted(const View& view, std::span<const int>) override {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "policies/last_queries.hpp"
 #include "policies/part.hpp"
 #include "policies/rotation.hpp"
 
@@ -13,8 +14,8 @@ enum class Mapping { same_offset, best_match, nearest, centroid };
 constexpr std::string_view kMappings[] = {"same_offset", "best_match", "nearest", "centroid"};
 enum class Keys { rotated, raw };
 constexpr std::string_view kKeys[] = {"rotated", "raw"};
-enum class Pooling { none, kernel, layer, variation };
-constexpr std::string_view kPoolings[] = {"none", "kernel", "layer", "variation"};
+enum class Width { none, kernel, layer, variation };
+constexpr std::string_view kWidths[] = {"none", "kernel", "layer", "variation"};
 enum class Prompt { stream, once };
 constexpr std::string_view kPrompts[] = {"stream", "once"};
 
@@ -26,7 +27,7 @@ class InfiniPot final : public Selector {
     Mapping mapping = Mapping::same_offset;
     Keys keys = Keys::rotated;
     double tar_ratio = 0.5, query_ratio = 0.25;
-    Pooling pooling = Pooling::none;
+    Width pooling = Width::none;
     int kernel = 7;
     double tau1 = 0, tau2 = 0, tau3 = 0;
     Prompt prompt = Prompt::stream;
@@ -52,7 +53,7 @@ class InfiniPot final : public Selector {
       choice<&Config::keys>("keys", kKeys, "rotated: as they enter attention, the code; raw: before RoPE"),
       number<&Config::tar_ratio>("tar_ratio", 0, 1, "share of the target that TaR keeps; the rest is VaN's"),
       number<&Config::query_ratio>("query_ratio", 0, 1, "share of the blocks that is recent, at least one if above 0"),
-      choice<&Config::pooling>("pooling", kPoolings,
+      choice<&Config::pooling>("pooling", kWidths,
                                "of value norms, zeros beyond the ends: kernel, as wide as it says; layer, 7, 5, 3, 1 "
                                "by quarter of the model as the code, where it is off; variation, 7, 5, 3, 1 for a "
                                "coefficient of variation below tau1, tau2, tau3, as the paper"),
@@ -65,12 +66,7 @@ class InfiniPot final : public Selector {
                               "is compressed at its end"),
   };
   static Needs needs(const Config& c) { return {.pre_rope = c.keys == Keys::raw}; }
-  static void check(const Config& c, int) {
-    if (c.kernel % 2 == 0) {
-      throw ConfigError("infinipot: kernel=" + std::to_string(c.kernel) +
-                        " is even; pooling is centred, so kernel must be odd");
-    }
-  }
+  static void check(const Config& c, int) { check_kernel(kName, c.kernel); }
 
   InfiniPot(const Config& config, const SetShape& shape)
       : config_(config),
@@ -169,7 +165,9 @@ class InfiniPot final : public Selector {
     const int first_recent = (n_blocks - recent_blocks) * config_.block;  // blocks and the rest beyond the last
     const int n_recent = std::min(n - first_recent, n_tar), n_past = std::min(n_tar - n_recent, first_recent);
 
-    std::vector<double> out = pooled_norms(slots);
+    const Eigen::RowVectorXd norms = norms_(slots);
+    const Eigen::RowVectorXd pooled = pool_neighbours(norms, Pooling::avg, pool_width(norms));
+    std::vector<double> out(pooled.begin(), pooled.end());
     const double above = *std::max_element(out.begin(), out.end()) + 1;
     std::fill(out.end() - n_recent, out.end(), above);
     if (n_past > 0) {
@@ -235,30 +233,19 @@ class InfiniPot final : public Selector {
     return out;
   }
 
-  std::vector<double> pooled_norms(const std::vector<int>& slots) const {
-    const Eigen::VectorXd x = norms_(slots);
-    const int n = static_cast<int>(slots.size()), half = pool_width(x) / 2;
-    std::vector<double> out(slots.size());
-    for (int i = 0; i < n; ++i) {
-      const int begin = std::max(0, i - half), end = std::min(n, i + half + 1);
-      out[at(i)] = x.segment(begin, end - begin).sum() / (2 * half + 1);
-    }
-    return out;
-  }
-
-  int pool_width(const Eigen::VectorXd& norms) const {
-    constexpr int kWidths[] = {7, 5, 3, 1};
+  int pool_width(const Eigen::RowVectorXd& norms) const {
+    constexpr int kByQuarter[] = {7, 5, 3, 1};
     switch (config_.pooling) {
-      case Pooling::kernel:
+      case Width::kernel:
         return config_.kernel;
-      case Pooling::layer:
-        return kWidths[quarter_];
-      case Pooling::variation: {
+      case Width::layer:
+        return kByQuarter[quarter_];
+      case Width::variation: {
         const double mean = norms.mean(), std = std::sqrt((norms.array() - mean).square().mean());
         const double variation = mean > 0 ? std / mean : 0;
         return variation < config_.tau1 ? 7 : variation < config_.tau2 ? 5 : variation < config_.tau3 ? 3 : 1;
       }
-      case Pooling::none:
+      case Width::none:
         break;
     }
     return 1;
@@ -267,9 +254,9 @@ class InfiniPot final : public Selector {
   Config config_;
   int sink_;
   const Rotation* rotation_;
-  int quarter_;              // of the model's layers
-  std::vector<MatD> units_;  // per lane (n_slots, head_dim)
-  Eigen::VectorXd norms_;    // (n_slots) mean over the lanes
+  int quarter_;               // of the model's layers
+  std::vector<MatD> units_;   // per lane (n_slots, head_dim)
+  Eigen::RowVectorXd norms_;  // (n_slots) mean over the lanes
 };
 
 }  // namespace

@@ -1,7 +1,6 @@
 // LongFlow: drop the token whose weighted value is smallest for the current query, one set for all heads of a layer.
 #include "policies/last_queries.hpp"
 #include "policies/part.hpp"
-#include "policies/protect.hpp"
 #include "policies/value_norms.hpp"
 
 namespace kvreplay {
@@ -71,9 +70,7 @@ class LongFlow final : public Selector {
     const Eigen::RowVectorXd mass = reduce_heads(view.group, column_mass_of_set(view, voters));
     const Eigen::Index n = slots_before(view, obs_window_);  // the voters' own columns are gone
     const Eigen::RowVectorXd votes = pool_neighbours(mass.head(n), Pooling::avg, kernel_);
-    std::fill(out.begin(), out.end(), n > 0 ? static_cast<float>(votes.maxCoeff()) + 1 : 0.0F);
-    std::transform(votes.begin(), votes.end(), out.begin(), [](double x) { return static_cast<float>(x); });
-    protect(view, 0, obs_window_, out);
+    score_before_window(view, votes, obs_window_, out);
   }
 
   int kernel_, obs_window_;

@@ -1,6 +1,9 @@
 // Moment-KV: a decayed sum of attention, one set for the layer, the prompt pinned. Not MomentKV
 // (preset momentkv).
+#include <optional>
+
 #include "policies/part.hpp"
+#include "policies/value_norms.hpp"
 
 namespace kvreplay {
 namespace {
@@ -30,9 +33,11 @@ class Momentum final : public Selector {
   static Needs needs(const Config&) { return {.prompt_queries = 1}; }
 
   Momentum(const Config& config, const SetShape& shape)
-      : alpha_(config.alpha),
-        importance_(static_cast<std::size_t>(shape.n_tokens), 0.0),
-        norm_(config.value_norm ? static_cast<std::size_t>(shape.n_tokens) : 0, -1.0) {}
+      : alpha_(config.alpha), importance_(static_cast<std::size_t>(shape.n_tokens), 0.0) {
+    if (config.value_norm) {
+      norms_.emplace(shape, Norm::l2);
+    }
+  }
 
   void prefill(const View& view) override {
     if (!view.pos.empty()) {
@@ -43,12 +48,13 @@ class Momentum final : public Selector {
   void observe(const View& view) override {
     attn_.resize(view.pos.size());
     view.attention(attn_);
-    for (std::size_t i = 0; i < view.rewritten.size() && !norm_.empty(); ++i) {
-      norm_[static_cast<std::size_t>(view.rewritten[i])] = -1;
+    if (norms_) {
+      norms_->meet(view);
     }
     for (std::size_t i = 0; i < attn_.size(); ++i) {
       const auto pos = static_cast<std::size_t>(view.pos[i]);
-      const double attention = static_cast<double>(attn_[i]) * (norm_.empty() ? 1 : norm(view, static_cast<int>(i)));
+      const double attention =
+          static_cast<double>(attn_[i]) * (norms_ ? static_cast<double>(norms_->mean(view.pos[i])) : 1);
       importance_[pos] = alpha_ * importance_[pos] + attention;  // Eq. 5: no factor 1 - alpha
     }
   }
@@ -60,21 +66,10 @@ class Momentum final : public Selector {
   }
 
  private:
-  double norm(const View& view, int slot) {
-    double& norm = norm_[static_cast<std::size_t>(view.pos[static_cast<std::size_t>(slot)])];
-    if (norm < 0) {
-      norm = 0;
-      for (int lane = 0; lane < view.n_lanes; ++lane) {
-        norm += static_cast<double>(view.value(lane, slot).norm()) / view.n_lanes;
-      }
-    }
-    return norm;
-  }
-
   double alpha_;
-  std::vector<double> importance_;  // (n_tokens)
-  std::vector<double> norm_;        // (n_tokens) of the value, -1: to be computed; empty without value_norm
-  std::vector<float> attn_;         // (n_slots)
+  std::vector<double> importance_;   // (n_tokens)
+  std::optional<ValueNorms> norms_;  // with value_norm
+  std::vector<float> attn_;          // (n_slots)
 };
 
 }  // namespace

@@ -1,7 +1,6 @@
 // MorphKV: the latest tokens, and the older ones that the queries just before the current one attend most.
 #include "policies/last_queries.hpp"
 #include "policies/part.hpp"
-#include "policies/protect.hpp"
 
 namespace kvreplay {
 namespace {
@@ -82,9 +81,7 @@ class MorphKv final : public Selector {
     if (n > 0) {
       count_votes(view, first, last, votes);
     }
-    std::fill(out.begin(), out.end(), n > 0 ? votes.maxCoeff() + 1 : 0.0F);
-    std::copy(votes.begin(), votes.end(), out.begin());
-    protect(view, 0, window, out);
+    score_before_window(view, votes.cast<double>().matrix().transpose(), window, out);
   }
 
   void evicted(const View& view, std::span<const int> slots) override {
@@ -105,25 +102,25 @@ class MorphKv final : public Selector {
   // these, so that a step computes those of its own query alone, and of rewritten keys.
   void record(const View& view, int n_queries, std::size_t begin, std::size_t end) {
     for (int lane = 0; lane < view.n_lanes; ++lane) {
-      MatF q = view.queries(lane, n_queries);
+      const MatF q = view.queries(lane, n_queries);
       const int voters = static_cast<int>(q.rows()) / view.n_heads;
-      if (config_.heads == Heads::joint) {
-        for (int v = 0; v < voters; ++v) {
-          q.row(v) = q.middleRows(v * view.n_heads, view.n_heads).colwise().sum().eval();
-        }
-        q.conservativeResize(voters, q.cols());
-      }
       first_voter_ = std::min(first_voter_, view.now - voters + 1);
-      Eigen::ArrayXf logits(q.rows());
+      Eigen::ArrayXf logits(q.rows()), joint(voters);
       for (int i = static_cast<int>(begin); i < static_cast<int>(end); ++i) {
         logits = (q * view.key(lane, i)).array();
+        soft_cap(view.logit_softcap, logits);
+        logits += view.bias(lane, i);
+        if (config_.heads == Heads::joint) {
+          joint = logits.reshaped(view.n_heads, voters).colwise().sum().transpose();
+        }
         Eigen::ArrayXf& row = logits_[static_cast<std::size_t>(lane)][at(view, i)];
         if (row.size() == 0) {
           row.setZero(Eigen::Index{obs_window_ + 1} * rows_per_voter_);
         }
         for (int v = 0; v < voters; ++v) {
           row.segment(column(view.now - voters + 1 + v), rows_per_voter_) =
-              logits.segment(Eigen::Index{v} * rows_per_voter_, rows_per_voter_);
+              (config_.heads == Heads::joint ? joint : logits)
+                  .segment(Eigen::Index{v} * rows_per_voter_, rows_per_voter_);
         }
       }
     }

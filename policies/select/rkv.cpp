@@ -1,7 +1,6 @@
 // R-KV: what the last queries attend, minus what other keys repeat; nothing is remembered between evictions.
 #include "policies/last_queries.hpp"
 #include "policies/part.hpp"
-#include "policies/protect.hpp"
 #include "policies/redundancy.hpp"
 
 namespace kvreplay {
@@ -63,11 +62,7 @@ class Rkv final : public Selector {
       s = config_.lambda * s -
           (1 - config_.lambda) * redundancy(view, {config_.threshold, config_.no_neighbour}).head(n).transpose();
     }
-    std::fill(out.begin(), out.end(), 0.0F);
-    for (Eigen::Index i = 0; i < n; ++i) {
-      out[static_cast<std::size_t>(i)] = static_cast<float>(s[i]);
-    }
-    protect(view, 0, window, out);
+    score_before_window(view, s, window, out);
   }
 
  private:

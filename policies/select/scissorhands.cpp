@@ -56,6 +56,7 @@ class Scissorhands final : public Selector {
       const Pos first = view.now + 1 - voters + begin;
       for (std::size_t lane = 0; lane < attn.size(); ++lane) {
         attn[lane] = q[lane].middleRows(begin * view.n_heads, rows) * k[lane].transpose();
+        soft_cap(view.logit_softcap, attn[lane].array());
         for (int r = 0; r < rows; ++r) {
           auto past = attn[lane].row(r).head(first + r / view.n_heads + 1).array();
           past = (past - past.maxCoeff()).exp();

@@ -2,7 +2,6 @@
 // together.
 #include "policies/last_queries.hpp"
 #include "policies/part.hpp"
-#include "policies/protect.hpp"
 
 namespace kvreplay {
 namespace {
@@ -46,11 +45,7 @@ class SnapKv final : public Selector {
         view.at_prefill() ? column_mass_of_set(view, std::min(obs_window_, view.prompt_len)) : current_votes(view);
     const MatD means = votes.leftCols(n) / obs_window_;
     const Eigen::RowVectorXd s = reduce_heads(view.group, pool_neighbours(means, config_.pooling, config_.kernel));
-    std::fill(out.begin(), out.end(), n > 0 ? static_cast<float>(s.maxCoeff()) + 1 : 0.0F);
-    for (Eigen::Index i = 0; i < n; ++i) {
-      out[static_cast<std::size_t>(i)] = static_cast<float>(s[i]);
-    }
-    protect(view, 0, obs_window_, out);
+    score_before_window(view, s, obs_window_, out);
   }
 
  private:

@@ -1,5 +1,7 @@
 // Allocators by measured head scores: sums, floors, caps, the placebo.
+#include <algorithm>
 #include <catch2/catch.hpp>
+#include <cmath>
 #include <numeric>
 #include <set>
 
@@ -95,6 +97,31 @@ TEST_CASE("headkv shares a pool by score beside what every head keeps") {
   CHECK(divide("headkv", 60).heads == Heads{{60, 60}, {60, 60}});
   CHECK(divide("headkv:scores=@s", 20).heads == Heads{{20, 20}, {20, 20}});  // all of it is window
   CHECK(divide("headkv:scores=@s", 2000).heads == Heads{{2000, 2000}, {2000, 2000}});
+}
+
+TEST_CASE("headkv gives no head more than the prompt, and what one cannot take to the others") {
+  // 14 stay and 56 are shared: the second head's 42 + 14 + 32 are cut to 75, the 13 go to the first.
+  CHECK(divide("headkv:scores=@s,beta=2", 60, 75, 150).heads == Heads{{14 + 14 + 13 + 32, 75}, {46, 46}});
+  for (const char* keys : {"", ",beta=2", ",temp=3"}) {
+    for (int budget : {33, 40, 60, 90, 99, 100, 140}) {
+      INFO(keys << " at " << budget);
+      const Divided d = divide(std::string("headkv:scores=@s") + keys, budget, 100, 150);
+      CHECK(std::abs(total(d) - 4 * budget) <= 2);  // each rounded by itself
+      for (const auto& heads : d.heads) {
+        CHECK(*std::max_element(heads.begin(), heads.end()) <= (budget <= 100 ? 100 : 150));
+      }
+    }
+    CHECK(divide(std::string("headkv:scores=@s") + keys, 100, 100, 150).heads == Heads{{100, 100}, {100, 100}});
+  }
+}
+
+TEST_CASE("no budget is too large to be divided") {
+  constexpr int kHuge = 2'000'000'000;
+  for (const char* part : {"surface_logic:surface=@s,logic=@l", "surface_logic:surface=@s,rho=1", "headkv:scores=@s"}) {
+    const Divided d = divide(part, kHuge);
+    CHECK(d.layers == std::vector<int>{kHuge, kHuge});
+    CHECK(d.heads == Heads{{kHuge, kHuge}, {kHuge, kHuge}});
+  }
 }
 
 TEST_CASE("allocators by head scores refuse what cannot be") {
