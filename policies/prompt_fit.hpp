@@ -48,17 +48,6 @@ inline MatD softmax_rows(const MatD& logits) {
   return weights;
 }
 
-// Slots that stay where these go.
-inline std::vector<int> staying(const View& view, std::span<const int> leaving) {
-  std::vector<int> stay;
-  for (int i = 0; i < static_cast<int>(view.pos.size()); ++i) {
-    if (!std::binary_search(leaving.begin(), leaving.end(), i)) {
-      stay.push_back(i);
-    }
-  }
-  return stay;
-}
-
 // Values of slots: (slots, v_head_dim).
 inline MatD values_of(const View& view, int lane, const std::vector<int>& slots) {
   MatD v(static_cast<Eigen::Index>(slots.size()), view.v_head_dim);

@@ -5,6 +5,7 @@
 
 #include "policies/part.hpp"
 #include "policies/prompt_fit.hpp"
+#include "policies/staying.hpp"
 
 namespace kvreplay {
 namespace {
@@ -53,7 +54,7 @@ class Grkv final : public Rewriter {
     if (!cache.at_prefill()) {
       return;
     }
-    const std::vector<int> kept = staying(cache, slots);
+    const std::vector<int> kept = staying_slots(cache, slots);
     for (int lane = 0; lane < cache.n_lanes && !kept.empty(); ++lane) {
       fit(cache, lane, kept);
     }

@@ -2,6 +2,7 @@
 // -ln(chance) on its logit.
 #include "policies/part.hpp"
 #include "policies/sampling.hpp"
+#include "policies/staying.hpp"
 
 namespace kvreplay {
 namespace {
@@ -33,7 +34,7 @@ class InverseChance final : public Rewriter {
                           "same sink, window and obs_window as it");
       }
     }
-    for (const int i : staying(cache, slots)) {
+    for (const int i : staying_slots(cache, slots)) {
       const auto at = static_cast<std::size_t>(i);
       if (chance[at] == 1) {
         continue;

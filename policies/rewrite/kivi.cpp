@@ -27,8 +27,11 @@ class Kivi final : public Rewriter {
   static constexpr std::array kParams{
       number<&Config::bits>("bits", 1, 16, "bits of a number"),
       number<&Config::group>("group", 1, 4096, "numbers that share a scale and a zero", Scale::log),
-      number<&Config::residual>("residual", 1, 65536,
-                                "latest tokens: values of all are exact, keys until so many have gathered", Scale::log),
+      number<&Config::residual>(
+          "residual", 1, 65536,
+          "latest tokens: values of all are exact, keys until so many have gathered; a smaller budget "
+          "leaves all exact",
+          Scale::log),
       flag<&Config::fp16_constants>("fp16_constants", "scale and zero are rounded to half precision before use"),
       choice<&Config::what>("what", kWhats, kWhatDoc),
       number<&Config::debias>("debias", 0, 4096,

@@ -1,4 +1,4 @@
-// What the merging rewriters share: who stays, whom a leaving token resembles, what attention tokens have received, and
+// What the merging rewriters share: whom a leaving token resembles, what attention tokens have received, and
 // what a merged slot costs.
 #pragma once
 #include <algorithm>
@@ -8,27 +8,13 @@
 #include <vector>
 
 #include "policies/column_mass.hpp"
-#include "policies/policy.hpp"
+#include "policies/staying.hpp"
 
 namespace kvreplay {
 
 // When tokens that leave are merged into others.
 enum class MergeAt { prompt, always };
 inline constexpr std::string_view kMergeAts[] = {"prompt", "always"};
-
-// Slots that are not among those that leave; both ascending.
-inline std::vector<int> staying_slots(const View& view, std::span<const int> leaving) {
-  std::vector<int> out;
-  std::size_t next = 0;
-  for (int i = 0; i < static_cast<int>(view.pos.size()); ++i) {
-    if (next < leaving.size() && leaving[next] == i) {
-      ++next;
-    } else {
-      out.push_back(i);
-    }
-  }
-  return out;
-}
 
 // 0 where a vector has no direction.
 inline double cosine(const VecF& a, const VecF& b) {

@@ -33,9 +33,11 @@ class Tada final : public Rewriter {
   static constexpr std::array kParams{
       number<&Config::bits>("bits", 1, 16, "bits of a deviation"),
       number<&Config::group>("group", 1, 4096, "channels that share a scale and a zero", Scale::log),
-      number<&Config::residual>("residual", 1, 65536,
-                                "latest tokens that stay exact until so many have gathered and are encoded together",
-                                Scale::log),
+      number<&Config::residual>(
+          "residual", 1, 65536,
+          "latest tokens that stay exact until so many have gathered and are encoded together; a smaller "
+          "budget leaves all exact",
+          Scale::log),
       flag<&Config::symmetric>("symmetric", "deviations have a scale alone, and levels about zero"),
       choice<&Config::centre>(
           "centre", kCentres,

@@ -2,6 +2,7 @@
 #include "policies/counter_rng.hpp"
 #include "policies/part.hpp"
 #include "policies/sampling.hpp"
+#include "policies/staying.hpp"
 
 namespace kvreplay {
 namespace {
@@ -37,7 +38,7 @@ class Sample final : public Selector {
   }
   void evicted(const View& view, std::span<const int> slots) override {
     const std::vector<double> chance = sampler_.chances(view);
-    for (const int i : staying(view, slots)) {
+    for (const int i : staying_slots(view, slots)) {
       sampler_.survive(view.pos[static_cast<std::size_t>(i)], chance[static_cast<std::size_t>(i)]);
     }
   }
