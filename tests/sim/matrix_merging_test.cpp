@@ -225,3 +225,17 @@ TEST_CASE("merging methods stand logits of 1e4", "[merging]") {
     }
   }
 }
+
+TEST_CASE("KeepKV scores slots that a pinned prompt outshines", "[merging]") {
+  ToyOptions o = toy(3, 24, Element::f32);
+  o.kind = ToyKind::sharp;
+  o.seed = GENERATE(1, 2, 3);
+  KeepKv prob = keep(KeepVariant::soft, -1);
+  prob.attention_domain = true;
+  check(o,
+        {{"streaming:pool=decode+keepkv:variant=soft_votes,threshold=-1", reference_keepkv(keep(KeepVariant::soft, -1)),
+          MergedSelection::elsewhere},
+         {"streaming:pool=decode+keepkv:variant=soft_votes,threshold=-1,ema_domain=attention_prob",
+          reference_keepkv(prob), MergedSelection::elsewhere}},
+        {1, 3});
+}
