@@ -427,7 +427,7 @@ void Diagnostics::lost_mass(const Set& set, const Lane& lane, const Eigen::Array
     std::vector<char> in_span(std::size_t(layer_.n_tokens), 0);
     for (const TokenSpan& span : layer_.spans) {  // ranges of one name count together
       if (span.name == series.span) {
-        std::fill(in_span.begin() + span.begin, in_span.begin() + span.end, 1);
+        std::fill(in_span.begin() + span.begin, in_span.begin() + std::min(span.end, layer_.n_tokens), 1);
       }
     }
     Eigen::ArrayXd lost = Eigen::ArrayXd::Zero(n_rows);
