@@ -8,9 +8,9 @@
 namespace kvreplay {
 
 extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff, momentum, residual, given,
-    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian, morphkv,
-    rpc, longflow, vatp, scissorhands, expected, infinipot, gkv, rkv, scope, lazyeviction, raas, merging, cam, d2o,
-    keepkv, lookm, selkv, selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv, whitelist, fair,
+    oracle_mass, oracle_greedy, quest, topk, uniform, adakv, pyramid, kivi, none, mean, moments, gaussian, morphkv, rpc,
+    longflow, vatp, scissorhands, expected, infinipot, gkv, rkv, scope, lazyeviction, raas, merging, cam, d2o, keepkv,
+    lookm, selkv, selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv, whitelist, fair,
     surface_logic, headkv, turboquant, polarquant, tada, sals_score, sals_store, atoms, linear, clusters, grkv,
     match_keys, matching, sample, inverse_chance;
 

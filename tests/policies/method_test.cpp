@@ -1,7 +1,6 @@
 #include "policies/method.hpp"
 
 #include <catch2/catch.hpp>
-
 #include <limits>
 
 #include "policies/catalogue.hpp"
