@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <iostream>
 #include <new>
 
 #include "policies/catalogue.hpp"
@@ -75,7 +76,7 @@ int main(int argc, char** argv) {
   add_trace_commands(app);
   try {
     app.parse(argc, argv);
-    if (std::fflush(stdout) != 0) {
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0 || !std::cout) {  // now, or before a long text's end
       return fail(kOther, "standard output cannot be written");
     }
     return kDone;
