@@ -5,6 +5,8 @@
 
 #include "policies/moments.hpp"
 #include "policies/part.hpp"
+#include "tests/support/evicted_tokens.hpp"
+#include "tests/support/part_settings.hpp"
 
 namespace kvreplay {
 
@@ -12,28 +14,17 @@ extern const PartInfo atoms, linear, clusters, moments, gaussian;
 
 namespace {
 
-using Settings = std::vector<std::pair<std::string, double>>;
+using namespace test;
 enum Assign { one, blocks, nearest };
 enum Second { none, first, lowrank };  // kappa: first is diagonal; tilt: first is full
 
 std::unique_ptr<Compensator> make(const PartInfo& part, int head_dim, int v_head_dim, const Settings& settings,
                                   Pos n_tokens = 0) {
-  const std::shared_ptr<void> config = part.config();
-  for (const auto& [name, value] : settings) {
-    bool found = false;
-    for (const ParamInfo& p : part.params) {
-      if (p.name == name) {
-        p.set(config.get(), {value, false, {}});
-        found = true;
-      }
-    }
-    REQUIRE(found);
-  }
   SetShape shape;
   shape.head_dim = head_dim;
   shape.v_head_dim = v_head_dim;
   shape.n_tokens = n_tokens;
-  return part.compensate(config.get(), shape);
+  return part.compensate(configured(part, settings).get(), shape);
 }
 
 // Blocks of one compensator; `at`: the step, counted from the first, from which each token is missing.
@@ -57,29 +48,6 @@ Estimate estimate(const PartInfo& part, const MatF& q, const MatF& k, const MatF
     losses.push_back({0, k.row(i).data(), v.row(i).data(), static_cast<Pos>(i)});
   }
   return Run(part, k, v, settings, static_cast<Pos>(k.rows())).block(q, static_cast<int>(q.rows()), losses);
-}
-
-// Attention over the evicted tokens alone, in float64.
-struct Exact {
-  Eigen::ArrayXd log_mass;
-  MatD value;
-  Exact(const MatF& q, const MatF& k, const MatF& v) : log_mass(q.rows()), value(q.rows(), v.cols()) {
-    for (Eigen::Index r = 0; r < q.rows(); ++r) {
-      const Eigen::ArrayXd logits = (k.cast<double>() * q.row(r).transpose().cast<double>()).array();
-      const Eigen::ArrayXd weights = (logits - logits.maxCoeff()).exp();
-      log_mass[r] = logits.maxCoeff() + std::log(weights.sum());
-      value.row(r) = weights.matrix().transpose() * v.cast<double>() / weights.sum();
-    }
-  }
-};
-
-MatF normal(int rows, int cols, float std, std::mt19937& gen) {
-  std::normal_distribution<float> draw(0, std);
-  MatF m(rows, cols);
-  for (Eigen::Index i = 0; i < m.size(); ++i) {
-    m.data()[i] = draw(gen);
-  }
-  return m;
 }
 
 struct Variant {

@@ -5,6 +5,8 @@
 
 #include "policies/moments.hpp"
 #include "policies/part.hpp"
+#include "tests/support/evicted_tokens.hpp"
+#include "tests/support/part_settings.hpp"
 
 namespace kvreplay {
 
@@ -12,24 +14,13 @@ extern const PartInfo mean, moments, gaussian;
 
 namespace {
 
-using Settings = std::vector<std::pair<std::string, double>>;
+using namespace test;
 
 std::unique_ptr<Compensator> make(const PartInfo& part, int head_dim, int v_head_dim, const Settings& settings = {}) {
-  const std::shared_ptr<void> config = part.config();
-  for (const auto& [name, value] : settings) {
-    bool found = false;
-    for (const ParamInfo& p : part.params) {
-      if (p.name == name) {
-        p.set(config.get(), {value, false, {}});
-        found = true;
-      }
-    }
-    REQUIRE(found);
-  }
   SetShape shape;
   shape.head_dim = head_dim;
   shape.v_head_dim = v_head_dim;
-  return part.compensate(config.get(), shape);
+  return part.compensate(configured(part, settings).get(), shape);
 }
 
 // The estimate of one compensator for queries that miss all of k and v: one step, one row per
@@ -49,29 +40,6 @@ Estimate estimate(const PartInfo& part, const MatF& q, const MatF& k, const MatF
   REQUIRE(out.value.rows() == q.rows());
   REQUIRE(out.value.cols() == v.cols());
   return out;
-}
-
-// Attention over the evicted tokens alone, in float64.
-struct Exact {
-  Eigen::ArrayXd log_mass;
-  MatD value;
-  Exact(const MatF& q, const MatF& k, const MatF& v) : log_mass(q.rows()), value(q.rows(), v.cols()) {
-    for (Eigen::Index r = 0; r < q.rows(); ++r) {
-      const Eigen::ArrayXd logits = (k.cast<double>() * q.row(r).transpose().cast<double>()).array();
-      const Eigen::ArrayXd weights = (logits - logits.maxCoeff()).exp();
-      log_mass[r] = logits.maxCoeff() + std::log(weights.sum());
-      value.row(r) = weights.matrix().transpose() * v.cast<double>() / weights.sum();
-    }
-  }
-};
-
-MatF normal(int rows, int cols, float std, std::mt19937& gen) {
-  std::normal_distribution<float> draw(0, std);
-  MatF m(rows, cols);
-  for (Eigen::Index i = 0; i < m.size(); ++i) {
-    m.data()[i] = draw(gen);
-  }
-  return m;
 }
 
 struct Variant {

@@ -5,26 +5,11 @@
 
 #include "policies/catalogue.hpp"
 #include "tests/support/fake_view.hpp"
+#include "tests/support/part_settings.hpp"
 
 namespace kvreplay::test {
 namespace {
 
-using Settings = std::vector<std::pair<std::string, double>>;
-
-std::shared_ptr<void> configured(const PartInfo& part, const Settings& settings) {
-  const std::shared_ptr<void> config = part.config();
-  for (const auto& [name, value] : settings) {
-    bool found = false;
-    for (const ParamInfo& p : part.params) {
-      if (p.name == name) {
-        p.set(config.get(), {value, false, {}});
-        found = true;
-      }
-    }
-    REQUIRE(found);
-  }
-  return config;
-}
 std::unique_ptr<Rewriter> rewriter(const std::string& name, const FakeView& view, const Settings& settings = {}) {
   const PartInfo& part = *find_part(name);
   return part.rewrite(configured(part, settings).get(), view.shape());
