@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <numeric>
 #include <vector>
 
@@ -189,6 +190,12 @@ constexpr std::array kEngineKeys = {
     choice<&Traits::decode>("decode", kDecodes, "grow: the prompt's cut stands and decode tokens stay"),
 };
 
+// The built-in parts, then those that were added.
+std::vector<const PartInfo*>& parts() {
+  static std::vector<const PartInfo*> all(std::begin(kParts), std::end(kParts));
+  return all;
+}
+
 // Insertions, deletions, substitutions and swaps of neighbours.
 int edit_distance(std::string_view a, std::string_view b) {
   std::vector<std::vector<int>> d(a.size() + 1, std::vector<int>(b.size() + 1));
@@ -209,13 +216,26 @@ int edit_distance(std::string_view a, std::string_view b) {
 
 }  // namespace
 
-std::span<const PartInfo* const> all_parts() { return kParts; }
+std::span<const PartInfo* const> all_parts() { return parts(); }
 std::span<const Preset> all_presets() { return kPresets; }
 std::span<const ParamInfo> engine_keys() { return kEngineKeys; }
 
 const PartInfo* find_part(std::string_view name) {
-  const auto it = std::find_if(std::begin(kParts), std::end(kParts), [&](auto* p) { return p->name == name; });
-  return it == std::end(kParts) ? nullptr : *it;
+  const auto it = std::find_if(parts().begin(), parts().end(), [&](auto* p) { return p->name == name; });
+  return it == parts().end() ? nullptr : *it;
+}
+
+void add_part(const PartInfo& part) {
+  const std::string name(part.name);
+  const bool is_name = !name.empty() && name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_") == name.npos &&
+                       std::isalpha(static_cast<unsigned char>(name[0])) != 0;
+  if (!is_name) {
+    throw ConfigError("'" + name + "' is no name for a part; it takes small letters, digits and '_', a letter first");
+  }
+  if (find_part(name) != nullptr || find_preset(name) != nullptr) {
+    throw ConfigError("a part called '" + name + "' is there already");
+  }
+  parts().push_back(&part);
 }
 
 const Preset* find_preset(std::string_view name) {

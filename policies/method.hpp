@@ -52,10 +52,11 @@ struct PartUse {
 };
 
 struct Method {
-  std::string label;                      // as typed
-  std::string name;                       // canonical: presets expanded, defaults omitted, keys in table order
-  std::string preset;                     // empty if none
-  std::optional<PartUse> prefill_select;  // cuts the prompt to prefill_budget (none: the run's), then stands
+  std::string label;                        // as typed
+  std::string name;                         // canonical: presets expanded, defaults omitted, keys in table order
+  std::string preset;                       // empty if none
+  std::optional<PartUse> prefill_select;    // cuts the prompt to prefill_budget (none: the run's), then stands
+  std::optional<PartUse> prefill_allocate;  // spreads prefill_budget
   Traits prefill_traits;
   Budget prefill_budget;
   PartUse select;

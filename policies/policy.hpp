@@ -183,9 +183,21 @@ class Allocator {
     int n_layers = 0;            // of the model
     Pos prompt_len = 0;
     int budget = 0;
-    Pos n_tokens = 0;  // of the run
-    MatD worth = {};   // (layers of the run, KV heads) what the allocators made for them say
+    Pos n_tokens = 0;    // of the run
+    MatD worth = {};     // (layers of the run, KV heads) what the allocators made for them say
+    MatD measured = {};  // (layers of the run, numbers) what measure() gave; empty if it does not measure
   };
+  // One layer's prompt, for an allocator that measures every layer of the run before it divides. Its Needs say which
+  // prompt queries count.
+  struct Prompt {
+    int layer = 0;  // the model's own layer number
+    Pos prompt_len = 0;
+    // Per KV head: attention that each token received from these queries, each softmaxed over its own past, summed over
+    // them (n_heads, prompt_len).
+    std::vector<MatD> column_mass;
+  };
+  virtual bool measures() const { return false; }
+  virtual std::vector<double> measure(const Prompt&) const { return {}; }  // as many numbers in every layer
   // What one KV head is worth to the allocator made with its layer's and head's values.
   virtual double worth() const { return 1; }
   virtual std::vector<int> over_layers(const Layers& l) const { return std::vector<int>(l.index.size(), l.budget); }

@@ -408,14 +408,23 @@ class Run {
     }
   }
 
+  bool replayed(int layer) const {
+    const std::vector<int>& some = request_.replay;
+    return some.empty() || std::find(some.begin(), some.end(), layer) != some.end();
+  }
+
   void replay_all() {
     total_ = 0;
     for (const auto& input : inputs_) {
-      total_ += double(input->layers.size() * columns_.size()) * input->n_steps();
+      const auto n = std::count_if(input->layers.begin(), input->layers.end(), [&](int l) { return replayed(l); });
+      total_ += double(std::size_t(n) * columns_.size()) * input->n_steps();
     }
     double done = 0;
     for (const auto& input : inputs_) {
       for (std::size_t l = 0; l < input->layers.size(); ++l) {
+        if (!replayed(input->layers[l])) {
+          continue;
+        }
         try {
           if (!replay_layer(*input, l, done)) {
             outcome_.interrupted = true;

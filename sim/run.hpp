@@ -23,8 +23,12 @@ struct RunRequest {
   bool compensators_given = false;        // false: dropped where a soft-cap forbids them
   MetricSet metrics = MetricSet::all();
   std::vector<int> layers;  // empty: all
-  Pos prompt_len = 0;       // 0: the trace's own
-  int max_steps = 0;        // only so many decode steps, the first ones; 0: all
+  std::vector<int> replay;  // of these layers, over which allocators divide, the ones to replay; empty: all
+  // What an allocator (canonical text) measured in one layer of a trace, where that is known; empty: measured here.
+  std::function<std::vector<double>(const std::filesystem::path& trace, int layer, const std::string& allocator)>
+      measured;
+  Pos prompt_len = 0;  // 0: the trace's own
+  int max_steps = 0;   // only so many decode steps, the first ones; 0: all
   Detail detail;
   std::vector<int> output_steps;
   int n_checkpoints = 16;
