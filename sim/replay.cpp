@@ -72,7 +72,7 @@ class Replay {
       block(begin, std::min<int>(options_.block_steps, layer_.n_tokens - begin));
     }
     for (std::size_t j = 0; j < running_.size(); ++j) {
-      finish(j);
+      guarded(j, [&] { finish(j); });
     }
     for (double s : prefill_seconds_) {
       result_.prefill_seconds += s;
@@ -84,16 +84,27 @@ class Replay {
   }
 
  private:
+  // What a part throws ends its cell, with the first sentence that came, and nothing else.
   template <class Work>
   void guarded(std::size_t j, Work work) {
-    if (!result_.cells[j].error.empty()) {
+    std::string& cell_error = result_.cells[j].error;
+    bool failed = false;
+#pragma omp critical(kvreplay_cell_error)
+    failed = !cell_error.empty();
+    if (failed) {
       return;
     }
+    std::string error;
     try {
       work();
+      return;
     } catch (const std::exception& e) {
+      error = e.what();
+    } catch (...) {  // parts from outside may throw anything
+    }
 #pragma omp critical(kvreplay_cell_error)
-      result_.cells[j].error = e.what();
+    if (cell_error.empty()) {
+      cell_error = error.empty() ? "something was thrown that says nothing" : error;
     }
   }
 
