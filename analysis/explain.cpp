@@ -16,6 +16,7 @@
 #include "policies/errors.hpp"
 #include "sim/load.hpp"
 #include "sim/measure.hpp"
+#include "sim/plugins.hpp"
 #include "traces/hash.hpp"
 #include "traces/hdf5.hpp"
 
@@ -50,6 +51,7 @@ struct Recorded {
   std::vector<Trace> traces;
   std::vector<RecordedMethod> methods;
   std::vector<std::string> budgets, compensators;
+  std::map<std::string, std::pair<std::string, std::string>> plugins;  // by a part's name: the file it came from, hash
   std::map<std::string, fs::path> table_files;  // where a table lay that is not called like its file
   std::uint64_t seed = 0;
 };
@@ -81,6 +83,11 @@ Recorded read_run(const fs::path& folder) {
     r.budgets = j.at("budgets");
     for (const auto& [name, file] : j.value("table_files", std::map<std::string, std::string>())) {
       r.table_files[name] = file;
+    }
+    for (const json& p : j.value("plugins", json::array())) {
+      for (const std::string part : p.at("parts")) {
+        r.plugins[part] = {p.at("path"), p.at("sha256")};
+      }
     }
     for (const json& m : j.at("methods")) {
       r.methods.push_back({.label = m.at("label"),
@@ -132,8 +139,19 @@ const Recorded::RecordedMethod& find_method(const Recorded& recorded, const std:
 }
 
 Method parse(const Recorded& recorded, const Recorded::RecordedMethod& m) {
+  for (const auto& [part, plugin] : recorded.plugins) {
+    if (m.name.find(part) != std::string::npos && find_part(part) == nullptr) {
+      throw ConfigError(
+          fmt::format("{} was run with the plug-in {}; add --plugin {}", m.label, plugin.first, plugin.first));
+    }
+  }
   Method method = parse_method(m.label, table_reader(recorded.table_files));
   for (const PartUse* part : method.parts()) {
+    const auto plugin = recorded.plugins.find(std::string(part->info->name));
+    if (plugin_hash(*part->info) != (plugin == recorded.plugins.end() ? "" : plugin->second.second)) {
+      throw ConfigError(fmt::format("{}: '{}' is not the one that the run had{}", m.label, part->info->name,
+                                    plugin == recorded.plugins.end() ? "" : ", from " + plugin->second.first));
+    }
     for (const Setting& s : part->settings) {
       const auto it = s.table ? m.tables.find(s.table->path) : m.tables.end();
       if (it != m.tables.end() && it->second != s.table->hash) {

@@ -15,6 +15,7 @@
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
 #include "sim/load.hpp"
+#include "sim/plugins.hpp"
 #include "sim/set.hpp"
 #include "sim/version.hpp"
 #include "traces/hash.hpp"
@@ -679,6 +680,14 @@ class Run {
     j["table_files"] = json::object();  // where a table lay that is not called like its file
     for (const auto& [name, file] : request_.tables) {
       j["table_files"][name] = file.string();
+    }
+    j["plugins"] = json::array();
+    for (const auto& plugin : loaded_plugins()) {
+      json parts = json::array();
+      for (const PartInfo& part : plugin->parts) {
+        parts.push_back(part.name);
+      }
+      j["plugins"].push_back({{"path", plugin->path.string()}, {"sha256", plugin->sha256}, {"parts", parts}});
     }
     j["budgets"] = budgets_;
     j["compensators"] = json::array();

@@ -9,6 +9,7 @@
 #include "policies/help.hpp"
 #include "policies/method.hpp"
 #include "policies/values.hpp"
+#include "sim/cli/arguments.hpp"
 
 namespace kvreplay {
 namespace {
@@ -115,6 +116,7 @@ void add_policies_command(CLI::App& app) {
   command->add_option("name", options->name, "a part or a preset; without it, all are listed");
   CLI::Option* json = command->add_flag("--json", options->json, "everything, for programs");
   command->add_flag("--markdown", options->markdown, "the tables of docs/methods.md")->excludes(json);
+  add_plugin_option(command);
   command->callback([options] {
     if (options->json) {
       std::cout << json_of(options->name).dump(2) << "\n";

@@ -128,6 +128,7 @@ void add_run_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   run_app->add_option("traces", o->traces, "Trace files (HDF5)")->required();
   run_app->add_option("-m,--method", o->methods, "Methods, as 'h2o:window=128+adakv'; several, or a comma list");
+  add_plugin_option(run_app);
   run_app->add_option("--params-from", o->params_from,
                       "Methods that `kvreplay tune` chose (its tuned.json), each at its budgets; --method adds others");
   run_app->add_option("-b,--budget", o->budgets,
