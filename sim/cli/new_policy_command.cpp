@@ -277,7 +277,7 @@ void add_new_policy_command(CLI::App& app) {
   command->callback([o, plugin] {
     check_name(o->name);
     const PolicyTemplate& t = template_of(o->role);
-    const std::string use = std::string(t.role == "select" ? "" : "h2o+") + o->name;
+    const std::string use = std::string(t.role == "select" ? "" : t.role == "read" ? "full+" : "h2o+") + o->name;
     if (plugin->count() > 0) {
       if (o->plugin.empty()) {
         throw ConfigError("--plugin: the folder's name is empty");
