@@ -71,15 +71,22 @@ def trace(folder):
     return make(folder / "t.h5", n_tokens=128, n_heads=4, n_kv_heads=2, layers=(0, 1), prompt_len=64)
 
 
+def configured(template, package):
+    call("cmake", "-S", template, "-B", template / "build", f"-Dkvreplay_DIR={package}",
+         f"-DCMAKE_CXX_COMPILER={cached('CMAKE_CXX_COMPILER')}")
+    return template / "build"
+
+
 @pytest.fixture(scope="module")
 def template(folder):
-    """The template of docs/, built by CMake as docs/plugins.md says."""
+    """The template of docs/, built by CMake with what is installed."""
     cached("CMAKE_CXX_COMPILER")
+    prefix = folder / "prefix"
+    call("cmake", f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DCMAKE_INSTALL_LOCAL_ONLY=1", "-P", BUILD / "cmake_install.cmake")
     shutil.copytree(TEMPLATE, folder / "template")
-    call("cmake", "-S", folder / "template", "-B", folder / "template" / "build", f"-Dkvreplay_DIR={BUILD}",
-         f"-DCMAKE_CXX_COMPILER={cached('CMAKE_CXX_COMPILER')}")
-    call("cmake", "--build", folder / "template" / "build")
-    return folder / "template" / "build" / "my_policy.so"
+    build = configured(folder / "template", next(prefix.rglob("kvreplayConfig.cmake")).parent)
+    call("cmake", "--build", build)
+    return build / "my_policy.so"
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +142,12 @@ def test_the_template_is_what_new_policy_writes(folder):
     for file in final_files(TEMPLATE):
         assert (folder / "fresh" / file).read_text() == (TEMPLATE / file).read_text()
     assert_refused(kvreplay("new-policy", "my_policy", "--plugin", folder / "fresh"), 2, "is there already")
+
+
+def test_the_build_folder_is_a_package_too(folder):
+    shutil.copytree(TEMPLATE, folder / "in_build")
+    cache = (configured(folder / "in_build", BUILD) / "CMakeCache.txt").read_text()
+    assert re.search(r"^kvreplay_DIR:\w+=(.*)$", cache, re.M).group(1) == str(BUILD)
 
 
 def test_the_template_is_h2o_to_the_last_bit(template, folder):
