@@ -63,7 +63,7 @@ Recorded read_run(const fs::path& folder) {
   }
   std::ifstream in(path, std::ios::binary);
   if (!in) {
-    throw ConfigError(folder.string() + " is not a results folder: it has no run.json");
+    throw ConfigError(folder.string() + " is not a results folder: it has no run.json, which a run writes last");
   }
   Recorded r;
   try {

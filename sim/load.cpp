@@ -77,6 +77,7 @@ Layer load_layer(const TraceReader& trace, int number, const LoadOptions& option
       per_head.back().resize(std::size_t(l.n_tokens));
     }
   }
+  trace.check_unchanged();  // nor while it was read
   return l;
 }
 

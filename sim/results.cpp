@@ -16,6 +16,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr const char* kResults = "results.h5";
+constexpr const char* kSummary = "summary.csv";
+constexpr const char* kRun = "run.json";
 constexpr const char* kHeader =
     "trace,layer,kv_head,q_head,method,label,budget,compensator,foresight,metric,n,n_skipped,mean,std,p50,p90,p99,"
     "max\n";
@@ -130,8 +133,11 @@ std::string csv_field(const std::string& text) {
   return quoted + "\"";
 }
 
-void write_whole(const fs::path& path, const std::string& text) {
-  const fs::path part = path.string() + ".part";
+namespace {
+
+// On the disk, but not yet under its final name.
+void write_part(const fs::path& path, const std::string& text) {
+  const fs::path part = hdf5::File::part_of(path);
   const auto fail = [&](const char* what) {
     const std::string why = std::strerror(errno);
     ::unlink(part.c_str());
@@ -143,6 +149,9 @@ void write_whole(const fs::path& path, const std::string& text) {
   }
   for (std::size_t done = 0; done < text.size();) {
     const ssize_t n = ::write(fd, text.data() + done, text.size() - done);
+    if (n < 0 && errno == EINTR) {
+      continue;
+    }
     if (n < 0) {
       ::close(fd);
       fail("write");
@@ -152,8 +161,18 @@ void write_whole(const fs::path& path, const std::string& text) {
   if (::fsync(fd) != 0 || ::close(fd) != 0) {
     fail("write");
   }
-  if (::rename(part.c_str(), path.c_str()) != 0) {
-    fail("rename");
+}
+
+}  // namespace
+
+void write_whole(const fs::path& path, const std::string& text) {
+  write_part(path, text);
+  try {
+    hdf5::publish_file(hdf5::File::part_of(path), path);
+  } catch (...) {
+    std::error_code ignored;
+    fs::remove(hdf5::File::part_of(path), ignored);
+    throw;
   }
 }
 
@@ -164,7 +183,7 @@ struct ResultsWriter::Storage {
 };
 
 ResultsWriter::ResultsWriter(const fs::path& folder, Detail detail) : folder_(folder), detail_(detail) {
-  hdf5::File file = hdf5::File::create(folder / "results.h5");
+  hdf5::File file = hdf5::File::create(folder / kResults);
   hdf5::Group blocks = file.root().create_group("blocks");
   storage_ = std::make_unique<Storage>(Storage{std::move(file), std::move(blocks)});
   summary_ = kHeader;
@@ -178,6 +197,9 @@ ResultsWriter::~ResultsWriter() {
     storage_->file.discard();
   } catch (const std::exception&) {  // nothing more can be done, and nothing has a final name
   }
+  std::error_code ignored;
+  fs::remove(hdf5::File::part_of(folder_ / kSummary), ignored);
+  fs::remove(hdf5::File::part_of(folder_ / kRun), ignored);
 }
 
 void ResultsWriter::add(const CellId& id, const CellResult& cell, const std::vector<int>& output_steps,
@@ -302,12 +324,17 @@ void ResultsWriter::publish(const std::string& run_json) {
   storage_->file.root().set("format", "kvreplay-results");
   storage_->file.root().set("format_version", "1.0");
   storage_->file.root().set("block_steps", kBlockSteps);
-  std::error_code ignored;
-  fs::remove(folder_ / "run.json", ignored);  // with --force: an old one must not describe new tables
-  storage_->file.publish();
+  // All three are on the disk before the first of older results goes: a disk that is full costs nothing.
+  storage_->file.close();
+  hdf5::sync(hdf5::File::part_of(folder_ / kResults));
+  write_part(folder_ / kSummary, summary_);
+  write_part(folder_ / kRun, run_json);
+  fs::remove(folder_ / kRun);  // with --force: an old one must not describe new tables
+  for (const char* name : {kResults, kSummary, kRun}) {
+    fs::rename(hdf5::File::part_of(folder_ / name), folder_ / name);
+  }
   storage_->published = true;
-  write_whole(folder_ / "summary.csv", summary_);
-  write_whole(folder_ / "run.json", run_json);
+  hdf5::sync(folder_);
 }
 
 }  // namespace kvreplay

@@ -434,19 +434,6 @@ Handle untimed(hid_t kind) {
 
 std::string errno_text() { return std::generic_category().message(errno); }
 
-void sync_path(const std::filesystem::path& path, int flags) {
-  const int fd = ::open(path.c_str(), flags | O_CLOEXEC);
-  if (fd < 0) {
-    throw StorageError(path.string() + ": cannot be opened to flush it (" + errno_text() + ")");
-  }
-  const bool ok = ::fsync(fd) == 0 || errno == EINVAL;  // some file systems cannot sync a folder
-  const std::string reason = ok ? "" : errno_text();
-  ::close(fd);
-  if (!ok) {
-    throw StorageError(path.string() + ": cannot be flushed to disk (" + reason + ")");
-  }
-}
-
 // Files are kept to what every reader since HDF5 1.8 knows, in the form whose metadata carries
 // checksums.
 Handle file_access() {
@@ -1040,12 +1027,16 @@ File File::create(const std::filesystem::path& path, const std::filesystem::path
   const Handle access = file_access();
   const Handle creation = untimed(H5P_FILE_CREATE);
   Handle file;
+  std::error_code ignored;
+  const auto size = [&] {
+    return std::filesystem::exists(part, ignored) ? std::filesystem::file_size(part, ignored) : 0;
+  };
+  const std::uintmax_t before = size();
   try {
     file = handle(part.string() + " cannot be created",
                   [&] { return H5Fcreate(part.c_str(), H5F_ACC_TRUNC, creation.get(), access.get()); });
   } catch (const StorageError&) {
-    std::error_code ignored;
-    if (std::filesystem::is_empty(part, ignored)) {
+    if (before == 0 || size() != before) {  // not somebody else's file that may not be replaced
       std::filesystem::remove(part, ignored);
     }
     throw;
@@ -1098,7 +1089,8 @@ void File::close() {
   }
   checked(path_.string() + " cannot be flushed", [&] { return H5Fflush(handle_.get(), H5F_SCOPE_LOCAL); });
   { const Handle root_handle = std::move(root_.handle_); }
-  const Handle last = std::move(handle_);
+  // The library writes once more here, and what fails now would be a damaged file.
+  checked(path_.string() + " cannot be written", [last = handle_.release()] { return H5Fclose(last); });
 }
 
 void File::publish() {
@@ -1117,15 +1109,28 @@ void File::discard() {
   }
 }
 
+void sync(const std::filesystem::path& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) {
+    throw StorageError(path.string() + ": cannot be opened to flush it (" + errno_text() + ")");
+  }
+  const bool ok = ::fsync(fd) == 0 || errno == EINVAL;  // some file systems cannot sync a folder
+  const std::string reason = ok ? "" : errno_text();
+  ::close(fd);
+  if (!ok) {
+    throw StorageError(path.string() + ": cannot be flushed to disk (" + reason + ")");
+  }
+}
+
 void publish_file(const std::filesystem::path& part, const std::filesystem::path& path) {
-  sync_path(part, O_RDONLY);
+  sync(part);
   std::error_code error;
   std::filesystem::rename(part, path, error);
   if (error) {
     throw StorageError(part.string() + " cannot be renamed to " + path.string() + " (" + error.message() + ")");
   }
   const std::filesystem::path folder = path.parent_path();
-  sync_path(folder.empty() ? "." : folder, O_RDONLY | O_DIRECTORY);
+  sync(folder.empty() ? "." : folder);
 }
 
 }  // namespace kvreplay::hdf5

@@ -60,6 +60,7 @@ class Handle {
   }
   ~Handle();
   std::int64_t get() const { return id_; }
+  std::int64_t release() { return std::exchange(id_, -1); }
 
  private:
   std::int64_t id_ = -1;
@@ -168,7 +169,9 @@ class File {
   std::filesystem::path path_, part_;  // part_ empty where nothing is to be published
 };
 
-// fsync of a closed file and rename to its final name.
+// fsync of a closed file or of a folder.
+void sync(const std::filesystem::path& path);
+// The same, and rename to its final name.
 void publish_file(const std::filesystem::path& part, const std::filesystem::path& path);
 
 template <typename T>

@@ -299,10 +299,8 @@ TraceReader::TraceReader(const std::filesystem::path& path) {
 }
 
 void TraceReader::open(const std::filesystem::path& path) {
-  // The library opens first: its sentence for a missing file or one that is not HDF5 is the better
-  // one.
+  file_ = std::make_shared<const FileBytes>(path);  // knows the file's time: what changes from here on is noticed
   const hdf5::File file = hdf5::File::open(path);
-  file_ = std::make_shared<const FileBytes>(path);
   const Group& root = file.root();
   info_.path = path;
   info_.stem = path.extension() == ".part" ? path.stem().stem().string() : path.stem().string();

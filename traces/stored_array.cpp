@@ -37,7 +37,8 @@ struct stat status_of(int fd, const std::filesystem::path& path) {
 FileBytes::FileBytes(const std::filesystem::path& path) : path_(path) {
   fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd_ < 0) {
-    throw TraceError(path.string() + ": cannot be opened (" + errno_text() + ")");
+    throw TraceError(errno == ENOENT ? path.string() + " does not exist"
+                                     : path.string() + ": cannot be opened (" + errno_text() + ")");
   }
   const struct stat status = status_of(fd_, path);
   size_ = static_cast<std::uint64_t>(status.st_size);
