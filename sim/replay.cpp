@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <ctime>
+#include <new>
 
 #include "sim/checkpoints.hpp"
 #include "sim/measure.hpp"
@@ -72,7 +73,7 @@ class Replay {
       block(begin, std::min<int>(options_.block_steps, layer_.n_tokens - begin));
     }
     for (std::size_t j = 0; j < running_.size(); ++j) {
-      finish(j);
+      guarded(j, [&] { finish(j); });
     }
     for (double s : prefill_seconds_) {
       result_.prefill_seconds += s;
@@ -84,16 +85,27 @@ class Replay {
   }
 
  private:
+  // What went wrong, in a sentence; empty if nothing did. Parts may come from outside and throw anything.
   template <class Work>
-  void guarded(std::size_t j, Work work) {
-    if (!result_.cells[j].error.empty()) {
-      return;
-    }
+  static std::string failure_of(Work work) {
     try {
       work();
+      return {};
+    } catch (const std::bad_alloc&) {
+      return "out of memory; lower --memory or replay fewer methods at once";
     } catch (const std::exception& e) {
-#pragma omp critical(kvreplay_cell_error)
-      result_.cells[j].error = e.what();
+      return *e.what() != '\0' ? e.what() : "it failed and did not say why";
+    } catch (...) {
+      return "it failed with something that is no std::exception";
+    }
+  }
+
+  // A cell that failed is left alone from then on, and the others never notice. One task per cell at a time.
+  template <class Work>
+  void guarded(std::size_t j, Work work) {
+    std::string& error = result_.cells[j].error;
+    if (error.empty()) {
+      error = failure_of(work);
     }
   }
 
@@ -324,6 +336,9 @@ class Replay {
     std::vector<Task> tasks;
     for (std::size_t j = 0; j < running_.size(); ++j) {
       Running& r = running_[j];
+      if (!result_.cells[j].error.empty()) {
+        continue;
+      }
       if (r.errors) {
         begin_errors(*r.errors, steps);
       }
@@ -335,11 +350,19 @@ class Replay {
         }
       }
     }
+    std::vector<std::string> errors(tasks.size());  // one for each task, so that the same set speaks on any thread
     parallel(int(tasks.size()), options_.threads, [&](int t) {
       const std::size_t j = tasks[std::size_t(t)].job;
       const int i = tasks[std::size_t(t)].set;
-      guarded(j, [&] { i < 0 ? step_together(running_[j], steps) : step_alone(running_[j], std::size_t(i), steps); });
+      errors[std::size_t(t)] = failure_of(
+          [&] { i < 0 ? step_together(running_[j], steps) : step_alone(running_[j], std::size_t(i), steps); });
     });
+    for (std::size_t t = 0; t < tasks.size(); ++t) {
+      std::string& error = result_.cells[tasks[t].job].error;
+      if (error.empty()) {
+        error = std::move(errors[t]);
+      }
+    }
     if (layer_.w_o.size() > 0) {
       parallel(int(running_.size()), options_.threads,
                [&](int j) { guarded(std::size_t(j), [&] { project(std::size_t(j), begin, steps); }); });
@@ -462,9 +485,6 @@ class Replay {
   void finish(std::size_t j) {
     Running& r = running_[j];
     CellResult& cell = result_.cells[j];
-    if (!cell.error.empty()) {
-      return;
-    }
     if (r.job->method->traits.scope == Scope::query_head) {
       fold_query_heads(cell, layer_);
     }
