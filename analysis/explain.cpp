@@ -63,7 +63,7 @@ Recorded read_run(const fs::path& folder) {
   }
   std::ifstream in(path, std::ios::binary);
   if (!in) {
-    throw ConfigError(folder.string() + " is not a results folder: it has no run.json, which a run writes last");
+    throw ConfigError(folder.string() + " is not a results folder: it has no run.json; a run that ended has written one");
   }
   Recorded r;
   try {
