@@ -1,14 +1,12 @@
 #include "sim/results.hpp"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "policies/errors.hpp"
+#include "sim/whole_file.hpp"
 #include "traces/hdf5.hpp"
 
 namespace kvreplay {
@@ -130,31 +128,10 @@ std::string csv_field(const std::string& text) {
   return quoted + "\"";
 }
 
-void write_whole(const fs::path& path, const std::string& text) {
-  const fs::path part = path.string() + ".part";
-  const auto fail = [&](const char* what) {
-    const std::string why = std::strerror(errno);
-    ::unlink(part.c_str());
-    throw std::runtime_error(path.string() + ": cannot " + what + ": " + why);
-  };
-  const int fd = ::open(part.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
-  if (fd < 0) {
-    fail("create");
-  }
-  for (std::size_t done = 0; done < text.size();) {
-    const ssize_t n = ::write(fd, text.data() + done, text.size() - done);
-    if (n < 0) {
-      ::close(fd);
-      fail("write");
-    }
-    done += std::size_t(n);
-  }
-  if (::fsync(fd) != 0 || ::close(fd) != 0) {
-    fail("write");
-  }
-  if (::rename(part.c_str(), path.c_str()) != 0) {
-    fail("rename");
-  }
+void write_whole(const fs::path& path, const std::string& text, const fs::path& temporary) {
+  WholeFile file(path, temporary);
+  file.add(text);
+  file.publish();
 }
 
 struct ResultsWriter::Storage {
