@@ -1,14 +1,12 @@
 #include "sim/results.hpp"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "policies/errors.hpp"
+#include "sim/whole_file.hpp"
 #include "traces/hdf5.hpp"
 
 namespace kvreplay {
@@ -133,47 +131,10 @@ std::string csv_field(const std::string& text) {
   return quoted + "\"";
 }
 
-namespace {
-
-// On the disk, but not yet under its final name.
-void write_part(const fs::path& path, const std::string& text) {
-  const fs::path part = hdf5::File::part_of(path);
-  const auto fail = [&](const char* what) {
-    const std::string why = std::strerror(errno);
-    ::unlink(part.c_str());
-    throw std::runtime_error(path.string() + ": cannot " + what + ": " + why);
-  };
-  const int fd = ::open(part.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
-  if (fd < 0) {
-    fail("create");
-  }
-  for (std::size_t done = 0; done < text.size();) {
-    const ssize_t n = ::write(fd, text.data() + done, text.size() - done);
-    if (n < 0 && errno == EINTR) {
-      continue;
-    }
-    if (n < 0) {
-      ::close(fd);
-      fail("write");
-    }
-    done += std::size_t(n);
-  }
-  if (::fsync(fd) != 0 || ::close(fd) != 0) {
-    fail("write");
-  }
-}
-
-}  // namespace
-
-void write_whole(const fs::path& path, const std::string& text) {
-  write_part(path, text);
-  try {
-    hdf5::publish_file(hdf5::File::part_of(path), path);
-  } catch (...) {
-    std::error_code ignored;
-    fs::remove(hdf5::File::part_of(path), ignored);
-    throw;
-  }
+void write_whole(const fs::path& path, const std::string& text, const fs::path& temporary) {
+  WholeFile file(path, temporary);
+  file.add(text);
+  file.publish();
 }
 
 struct ResultsWriter::Storage {
@@ -197,9 +158,6 @@ ResultsWriter::~ResultsWriter() {
     storage_->file.discard();
   } catch (const std::exception&) {  // nothing more can be done, and nothing has a final name
   }
-  std::error_code ignored;
-  fs::remove(hdf5::File::part_of(folder_ / kSummary), ignored);
-  fs::remove(hdf5::File::part_of(folder_ / kRun), ignored);
 }
 
 void ResultsWriter::add(const CellId& id, const CellResult& cell, const std::vector<int>& output_steps,
@@ -326,15 +284,18 @@ void ResultsWriter::publish(const std::string& run_json) {
   storage_->file.root().set("block_steps", kBlockSteps);
   // All three are on the disk before the first of older results goes: a disk that is full costs nothing.
   storage_->file.close();
-  hdf5::sync(hdf5::File::part_of(folder_ / kResults));
-  write_part(folder_ / kSummary, summary_);
-  write_part(folder_ / kRun, run_json);
+  const fs::path results = folder_ / kResults;
+  hdf5::sync(hdf5::File::part_of(results));
+  WholeFile summary(folder_ / kSummary), run(folder_ / kRun);
+  summary.add(summary_);
+  summary.settle();
+  run.add(run_json);
+  run.settle();
   fs::remove(folder_ / kRun);  // with --force: an old one must not describe new tables
-  for (const char* name : {kResults, kSummary, kRun}) {
-    fs::rename(hdf5::File::part_of(folder_ / name), folder_ / name);
-  }
+  fs::rename(hdf5::File::part_of(results), results);
   storage_->published = true;
-  hdf5::sync(folder_);
+  summary.publish();
+  run.publish();
 }
 
 }  // namespace kvreplay

@@ -63,12 +63,16 @@ class Run {
  public:
   explicit Run(const RunRequest& request) : request_(request), start_(std::chrono::steady_clock::now()) {}
 
-  RunOutcome operator()() {
-    started_ = utc_now();
+  void check() {
     parse();
     open_traces();
     check_everything();
     check_memory();
+  }
+
+  RunOutcome operator()() {
+    started_ = utc_now();
+    check();
     if (!request_.out.empty()) {
       prepare_folder();
       writer_.emplace(request_.out, request_.detail);
@@ -104,7 +108,7 @@ class Run {
     }
     budgets_ = request_.budgets;
     for (const std::string& text : request_.compensators) {
-      compensators_.push_back(parse_part(text, Role::compensate, read_value_table));
+      compensators_.push_back(parse_part(text, Role::compensate, read_table));
       if (compensators_.back().info->is_default) {  // nothing to measure
         compensators_.pop_back();
         continue;
@@ -510,12 +514,6 @@ class Run {
       for (std::size_t i = 0; i < n; ++i) {
         const Column& c = columns_[first + i];
         const CellResult& cell = result.cells[i];
-        if (!cell.error.empty()) {
-          outcome_.failed.push_back(fmt::format("{}, {}{}: {}", what, c.method->label,
-                                                c.budget.text.empty() ? "" : " at budget " + c.budget.text,
-                                                cell.error));
-          continue;
-        }
         const CellId id{.trace = info.stem,
                         .layer = layer,
                         .method = c.method->name,
@@ -527,6 +525,15 @@ class Run {
                         .prompt_len = input.prompt_len,
                         .n_heads = info.n_heads,
                         .n_kv_heads = info.n_kv_heads};
+        if (!cell.error.empty()) {
+          outcome_.failed.push_back(fmt::format("{}, {}{}: {}", what, c.method->label,
+                                                c.budget.text.empty() ? "" : " at budget " + c.budget.text,
+                                                cell.error));
+          if (request_.cell_failed) {
+            request_.cell_failed(id, cell.error);
+          }
+          continue;
+        }
         ++outcome_.n_cells;
         if (writer_) {
           writer_->add(id, cell, request_.output_steps, info.v_head_dim);
@@ -562,33 +569,18 @@ class Run {
   // How many cells may run beside each other in the memory that the user allows.
   std::size_t cells_that_fit(const Input& input) const {
     const TraceInfo& info = input.reader.info();
-    const double n = input.n_tokens, steps = input.n_steps(), rows = double(kBlockSteps) * info.group_size,
-                 dims = info.head_dim + info.v_head_dim;
-    const double shared =
-        4.0 * info.n_kv_heads *
-        (n * dims + n * info.group_size * info.head_dim + 2 * n * (rows + 32) + 6 * rows * info.v_head_dim);
-    double series = 0;  // numbers per step
-    for (const MetricInfo& i : all_metrics()) {
-      if (!request_.metrics.has(i.metric) || i.at_checkpoints || i.at_end) {
-        continue;
-      }
-      const double heads = i.level == Level::query_head ? info.n_heads
-                           : i.level == Level::kv_head  ? info.n_kv_heads
-                                                        : 1;
-      series += heads * (i.per_compensator ? double(compensators_.size()) : 1);
-    }
-    const double own = 4 * series * steps + 48 * n * info.n_kv_heads + 16.0 * info.n_kv_heads * dims * dims;
-    double memory = double(request_.memory);
-    if (memory == 0) {
-      memory = 0.75 * double(::sysconf(_SC_AVPHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE));
-    }
-    if (memory < shared + own) {
+    const MemoryNeed need =
+        memory_need({input.n_tokens, input.n_steps(), info.n_heads, info.n_kv_heads, info.head_dim, info.v_head_dim},
+                    request_.metrics, compensators_.size());
+    const double memory = memory_allowed(request_.memory);
+    const std::size_t n = need.cells_in(memory);
+    if (n == 0) {
       throw ConfigError(
           fmt::format("{}: one method on one layer needs about {:.0f} KiB, more than the {:.0f} KiB "
                       "allowed; raise --memory",
-                      info.path.string(), (shared + own) / 1024, memory / 1024));
+                      info.path.string(), (need.shared + need.own) / 1024, memory / 1024));
     }
-    return std::size_t(std::max(1.0, std::min((memory - shared) / own, 1e6)));
+    return n;
   }
 
   // The budgets that a method has columns for.
@@ -725,6 +717,33 @@ TableReader table_reader(const std::map<std::string, fs::path>& tables) {
 }
 
 RunOutcome run(const RunRequest& request) { return Run(request)(); }
+
+void check(const RunRequest& request) { Run(request).check(); }
+
+std::size_t MemoryNeed::cells_in(double bytes) const {
+  return bytes < shared + own ? 0 : std::size_t(std::max(1.0, std::min((bytes - shared) / own, 1e6)));
+}
+
+MemoryNeed memory_need(const LayerExtent& e, const MetricSet& metrics, std::size_t n_compensators) {
+  const int group_size = e.n_heads / e.n_kv_heads;
+  const double n = e.n_tokens, steps = e.n_steps, rows = double(kBlockSteps) * group_size,
+               dims = e.head_dim + e.v_head_dim;
+  const double shared =
+      4.0 * e.n_kv_heads * (n * dims + n * group_size * e.head_dim + 2 * n * (rows + 32) + 6 * rows * e.v_head_dim);
+  double series = 0;  // numbers per step
+  for (const MetricInfo& i : all_metrics()) {
+    if (!metrics.has(i.metric) || i.at_checkpoints || i.at_end) {
+      continue;
+    }
+    const double heads = i.level == Level::query_head ? e.n_heads : i.level == Level::kv_head ? e.n_kv_heads : 1;
+    series += heads * (i.per_compensator ? double(n_compensators) : 1);
+  }
+  return {shared, 4 * series * steps + 48 * n * e.n_kv_heads + 16.0 * e.n_kv_heads * dims * dims};
+}
+
+double memory_allowed(std::uint64_t asked) {
+  return asked > 0 ? double(asked) : 0.75 * double(::sysconf(_SC_AVPHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE));
+}
 
 std::uint64_t parse_bytes(const std::string& option, const std::string& text) {
   static constexpr std::pair<std::string_view, double> kUnits[] = {

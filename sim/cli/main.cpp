@@ -18,6 +18,7 @@
 #include "sim/cli/policies_command.hpp"
 #include "sim/cli/report_command.hpp"
 #include "sim/cli/run_command.hpp"
+#include "sim/cli/sweep_command.hpp"
 #include "sim/cli/trace_commands.hpp"
 #include "sim/cli/tune_command.hpp"
 #include "sim/version.hpp"
@@ -73,6 +74,7 @@ int main(int argc, char** argv) {
   add_report_command(app);
   add_explain_command(app);
   add_headscores_command(app);
+  add_sweep_commands(app);
   add_trace_commands(app);
   try {
     app.parse(argc, argv);
