@@ -46,7 +46,7 @@ class Failing:
             assert done.returncode in (0, -signal.SIGKILL), (done.returncode, done.stderr)
         elif done.returncode != 0:
             codes = self.subject.read_codes if calls == "read" else self.subject.codes
-            one_sentence(done, codes, self.subject.program)
+            one_sentence(done, codes, self.subject.program, self.subject.sentences)
             self.subject.after_failure(work, done)
         check(self.subject, work, done)
         if done.returncode != 0:
