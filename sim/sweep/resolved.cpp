@@ -64,7 +64,11 @@ class Resolving {
     sweep_.output_steps = plan_.output_steps;
     detail();
     metrics();
-    compensators();
+    try {
+      compensators();
+    } catch (const ConfigError& e) {
+      throw ConfigError(plan_.name + ": " + e.what());
+    }
     for (const PlanMethod& m : plan_.methods) {
       expand(m);
     }
@@ -131,7 +135,7 @@ class Resolving {
       }
       if (std::find(sweep_.compensators.begin(), sweep_.compensators.end(), canonical(part)) !=
           sweep_.compensators.end()) {
-        throw ConfigError(plan_.name + ": the compensator '" + text + "' is given twice");
+        throw ConfigError("the compensator '" + text + "' is given twice");
       }
       sweep_.compensators.push_back(canonical(part));
       add_files(part, sweep_.files);
@@ -261,14 +265,14 @@ class Resolving {
         sweep_.failed_traces.emplace_back(path.string(), e.what());
       }
     }
-    if (sweep_.traces.empty()) {
-      throw TraceError(sweep_.failed_traces.front().second);
-    }
     for (const int layer : plan_.layers) {
-      if (layers.count(layer) == 0) {
+      if (!layers.empty() && layers.count(layer) == 0) {
         throw ConfigError(
             fmt::format("{}: no trace has a layer {}; there are {}", plan_.name, layer, fmt::join(layers, ", ")));
       }
+    }
+    if (sweep_.traces.empty()) {
+      throw TraceError(sweep_.failed_traces.front().second);
     }
   }
 
