@@ -65,24 +65,28 @@ class Run {
  public:
   explicit Run(const RunRequest& request) : request_(request), start_(std::chrono::steady_clock::now()) {}
 
-  void check() {
+  // Up to where something would be written or replayed; false where it was stopped.
+  bool check() {
     parse();
     open_traces();
     check_needs();
     check_memory();
-  }
-
-  RunOutcome operator()() {
-    started_ = utc_now();
-    check();
     if (!request_.out.empty()) {
       refuse_used_folder(request_.out, request_.force);  // rather than after the layers were measured
     }
     if (!measure_layers()) {
+      return false;
+    }
+    check_budgets();
+    return true;
+  }
+
+  RunOutcome operator()() {
+    started_ = utc_now();
+    if (!check()) {
       outcome_.interrupted = true;
       return outcome_;
     }
-    check_budgets();
     if (!request_.out.empty()) {
       prepare_folder();
       writer_.emplace(request_.out, request_.detail);

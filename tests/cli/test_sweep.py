@@ -233,6 +233,30 @@ def test_tables_of_values_lie_beside_the_plan(plan, tmp_path):
     assert len(table(tmp_path / "out")) == 2
 
 
+def test_allocators_that_measure_layers(plan, tmp_path):
+    """What they measured is an item of its own, done once and before the cells that divide by it."""
+    plan.write_text('traces = ["*.h5"]\nmethods = ["h2o+zigzag", "h2o"]\nbudgets = [12]\n')
+    out = tmp_path / "out"
+    cells = good_sweep(plan, out)
+    for trace in "ab":
+        assert run(tmp_path / f"{trace}.h5", tmp_path / trace, "-m", "h2o+zigzag", "-b", "12").returncode == 0
+        expected = pooled(rows(tmp_path / trace))
+        for cell in cells:
+            if cell["trace"] == trace and cell["label"] == "h2o+zigzag":
+                for column in ("error", "resident"):
+                    mean, _ = expected[cell["layer"], "h2o+zigzag", "12", column]
+                    assert float(cell[column]) == pytest.approx(mean, rel=1e-7)
+    measured = {p.name: p.read_bytes() for p in items(out, "measured")}
+    assert len(measured) == 4
+    plan.write_text(plan.read_text().replace("[12]", "[12, 16]"))
+    good_sweep(plan, out)
+    assert {p.name: p.read_bytes() for p in items(out, "measured")} == measured
+    for i in range(2):
+        assert sweep(plan, tmp_path / f"s{i}", "--shard", f"{i}/2").returncode == 0
+    assert kvreplay("merge", tmp_path / "s0", tmp_path / "s1", "--out", tmp_path / "all").returncode == 0
+    assert (tmp_path / "all" / "cells.csv").read_bytes() == (out / "cells.csv").read_bytes()
+
+
 # --- once and for all -------------------------------------------------------------------------------------------------
 
 def test_what_is_finished_is_not_done_again(plan, tmp_path):
