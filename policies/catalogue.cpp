@@ -13,7 +13,7 @@ extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff
     longflow, vatp, scissorhands, expected, infinipot, gkv, rkv, scope, lazyeviction, raas, merging, cam, d2o, keepkv,
     lookm, selkv, selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv, whitelist, fair,
     surface_logic, headkv, turboquant, polarquant, tada, sals_score, sals_store, atoms, linear, clusters, grkv,
-    match_keys, matching, sample, inverse_chance;
+    match_keys, matching, sample, inverse_chance, d2o_layers, zigzag;
 
 namespace {
 
@@ -61,6 +61,8 @@ constexpr const PartInfo* kParts[] = {
     &fair,
     &surface_logic,
     &headkv,
+    &d2o_layers,
+    &zigzag,
     // rewrite
     &kivi,
     &keepkv,
@@ -141,8 +143,10 @@ constexpr Preset kPresets[] = {
      "the paper selects as PyramidInfer does and says that any selection will do; the rest as the parts say"},
     {"cam-paper", "streaming+cam", "CaM where it was shown: on sinks and a window, token by token",
      "ICML 2024, openreview.net/forum?id=LCTmppB165", "as the parts say"},
-    {"d2o-paper", "h2o:sink=4+d2o", "D2O's token level: heavy hitters with sinks, merging behind a gate",
-     "arXiv:2406.13035", "the prompt is cut at its end, not at the first decode step; the rest as the parts say"},
+    {"d2o-paper", "h2o:sink=4+d2o_layers+d2o",
+     "D2O: heavy hitters with sinks under budgets by layer, merging behind a gate", "arXiv:2406.13035",
+     "the prompt is cut at its end, not at the first decode step; the rest as the parts say. h2o:sink=4+d2o is its "
+     "token level alone"},
     {"weightedkv-paper", "h2o:window=0,mass=mean+weightedkv",
      "WeightedKV: the token of least mean attention leaves, its value goes to the next", "arXiv:2503.01330",
      "what the paper protects no source read here says: nothing; the rest as the parts say"},

@@ -212,7 +212,7 @@ class Replay {
           "--compensators none");
     }
     if (m.allocate) {
-      r.allocator = m.allocate->info->allocate(m.allocate->config(layer_.index).get());
+      r.allocator = make_allocator(*m.allocate);
       r.to_allocate = r.allocator->over_sets() && r.job->head_budgets.empty();
     }
     const SetPlan plan{.select = &m.select,
@@ -223,15 +223,8 @@ class Replay {
                        .budget = r.job->budget,
                        .seed = options_.seed,
                        .evicted_at = r.job->evicted_at};
-    const int n = Set::count(layer_, m.traits.scope);
-    for (int i = 0; i < n; ++i) {
-      r.sets.push_back(std::make_unique<Set>(shared_, plan, i));
-      if (!r.job->head_budgets.empty()) {
-        Set& set = *r.sets.back();
-        set.budget = std::max(1, r.job->head_budgets[std::size_t(set.lanes[0].kv_head)]);
-      }
-    }
-    r.seconds.assign(std::size_t(n), 0);
+    r.sets = make_sets(plan, r.job->head_budgets);
+    r.seconds.assign(r.sets.size(), 0);
     add_series(cell, layer_, options_, m.traits.scope == Scope::query_head ? layer_.n_heads : layer_.n_kv_heads);
     keep_room(cell, m);
     for (const auto& set : r.sets) {
@@ -243,6 +236,21 @@ class Replay {
       r.errors = std::make_unique<HeadErrors>();
       r.errors->corrected.resize(r.compensators.parts.size());
     }
+  }
+
+  std::unique_ptr<Allocator> make_allocator(const PartUse& use) const {
+    return use.info->allocate(use.config(layer_.index).get());
+  }
+
+  std::vector<std::unique_ptr<Set>> make_sets(const SetPlan& plan, const std::vector<int>& head_budgets) {
+    std::vector<std::unique_ptr<Set>> sets;
+    for (int i = 0; i < Set::count(layer_, plan.traits.scope); ++i) {
+      Set& set = *sets.emplace_back(std::make_unique<Set>(shared_, plan, i));
+      if (!head_budgets.empty()) {
+        set.budget = std::max(1, head_budgets[std::size_t(set.lanes[0].kv_head)]);
+      }
+    }
+    return sets;
   }
 
   // Room for what is kept beyond the series.
@@ -261,26 +269,48 @@ class Replay {
     if (!r.to_allocate || scores[0].empty()) {
       return;
     }
-    const std::vector<int> budgets = r.allocator->assign(scores, r.job->budget);
-    for (std::size_t i = 0; i < r.sets.size(); ++i) {
-      r.sets[i]->budget = std::max(1, budgets[i]);
-    }
+    assign(*r.allocator, scores, r.job->budget, r.sets);
     r.to_allocate = false;
+  }
+
+  static void assign(const Allocator& allocator, const std::vector<std::vector<float>>& scores, int mean_budget,
+                     std::span<const std::unique_ptr<Set>> sets) {
+    const std::vector<int> budgets = allocator.assign(scores, mean_budget);
+    for (std::size_t i = 0; i < sets.size(); ++i) {
+      sets[i]->budget = std::max(1, budgets[i]);
+    }
+  }
+
+  // Tokens per set that the selector before the "/" keeps, mean over the layer.
+  int prompt_budget(const Job& job) const {
+    const Budget& own = job.method->prefill_budget;
+    if (job.prompt_budget > 0 || own.unit == Budget::Unit::none) {
+      return job.prompt_budget > 0 ? job.prompt_budget : job.budget;
+    }
+    const int sets_per_kv_head = job.method->prefill_traits.scope == Scope::query_head ? layer_.group_size : 1;
+    return own.tokens(layer_.prompt_len, layer_.slot_bytes(), {}, sets_per_kv_head);
   }
 
   void cut_prompt(Running& r) {
     const Method& m = *r.job->method;
-    const int budget = m.prefill_budget.unit == Budget::Unit::none
-                           ? r.job->budget
-                           : m.prefill_budget.tokens(layer_.prompt_len, layer_.slot_bytes(), {},
-                                                     sets_per_kv_head(m.prefill_traits.scope));
-    const SetPlan plan{
-        .select = &*m.prefill_select, .traits = m.prefill_traits, .budget = budget, .seed = options_.seed};
-    std::vector<float> scores;
-    for (int i = 0; i < Set::count(layer_, m.prefill_traits.scope); ++i) {
-      Set cut(shared_, plan, i);
-      cut.prefill_scores(scores);
-      cut.prefill_evict(scores);
+    const std::vector<int>& head_budgets = r.job->prompt_head_budgets;
+    const auto allocator = m.prefill_allocate ? make_allocator(*m.prefill_allocate) : nullptr;
+    const SetPlan plan{.select = &*m.prefill_select,
+                       .allocate = allocator.get(),
+                       .traits = m.prefill_traits,
+                       .budget = prompt_budget(*r.job),
+                       .seed = options_.seed};
+    const auto cuts = make_sets(plan, head_budgets);
+    std::vector<std::vector<float>> scores(cuts.size());
+    for (std::size_t i = 0; i < cuts.size(); ++i) {
+      cuts[i]->prefill_scores(scores[i]);
+    }
+    if (allocator && allocator->over_sets() && head_budgets.empty() && !scores[0].empty()) {
+      assign(*allocator, scores, plan.budget, cuts);
+    }
+    for (std::size_t i = 0; i < cuts.size(); ++i) {
+      Set& cut = *cuts[i];
+      cut.prefill_evict(scores[i]);
       const std::vector<Pos> kept(cut.positions().begin(), cut.positions().end());
       for (const auto& set : r.sets) {
         for (int lane = 0; lane < set->n_lanes; ++lane) {
@@ -508,8 +538,6 @@ class Replay {
       cell.seconds += s;
     }
   }
-
-  int sets_per_kv_head(Scope scope) const { return scope == Scope::query_head ? layer_.group_size : 1; }
 
   const Layer& layer_;
   const ReplayOptions& options_;

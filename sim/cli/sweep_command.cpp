@@ -24,10 +24,11 @@ namespace kvreplay {
 namespace {
 
 constexpr std::size_t kMostSentences = 20;
+constexpr const char* kAuto = "auto";
 
 struct SweepOptions {
-  std::string plan, out, shard, memory;
-  int threads = 0, slurm = 0;
+  std::string plan, out, shard, memory, slurm;
+  int threads = 0;
   bool dry_run = false, heads = false;
 };
 
@@ -99,6 +100,14 @@ void print_estimate(const SweepRequest& r) {
   }
 }
 
+int n_tasks(const std::string& text) {
+  const std::vector<int> n = parse_integers("--emit-slurm", text);
+  if (n.size() != 1 || n.front() < 1 || n.front() > 100000) {
+    throw ConfigError("--emit-slurm: '" + text + "' is no number of tasks from 1 to 100000");
+  }
+  return n.front();
+}
+
 void print_slurm(const SweepOptions& o, const SweepRequest& r) {
   std::size_t n_layers = 0;
   for (const SweepTrace& t : resolve(r).traces) {
@@ -106,7 +115,7 @@ void print_slurm(const SweepOptions& o, const SweepRequest& r) {
   }
   SlurmJob job{.plan = std::filesystem::absolute(r.plan).lexically_normal().string(),
                .out = std::filesystem::absolute(r.out).lexically_normal().string(),
-               .n_tasks = o.slurm > 0 ? o.slurm : int(std::clamp<std::size_t>(n_layers / 8, 1, 64)),
+               .n_tasks = o.slurm == kAuto ? int(std::clamp<std::size_t>(n_layers / 8, 1, 64)) : n_tasks(o.slurm),
                .threads = r.threads,
                .memory = o.memory,
                .heads = o.heads};
@@ -225,12 +234,11 @@ void add_sweep_commands(CLI::App& app) {
   CLI::Option* threads = sweep_app->add_option("-j,--threads", o->threads, "Threads (default: all)");
   sweep_app->add_flag("--dry-run", o->dry_run, "Only say how many cells, and what they will take, from a sample");
   sweep_app->add_flag("--heads", o->heads, "Keep the numbers of every head too (heads.csv)");
-  CLI::Option* slurm = sweep_app->add_flag("--emit-slurm{0}", o->slurm,
+  CLI::Option* slurm = sweep_app->add_flag("--emit-slurm{auto}", o->slurm,
                                            "Print a Slurm job array that does the sweep, of so many tasks as "
                                            "--emit-slurm=64 says");
   sweep_app->callback([=] {
     check_range(threads, o->threads, 1, 1024);
-    check_range(slurm, o->slurm, 0, 100000);
     run_sweep(*o, slurm->count() > 0);
   });
 

@@ -53,6 +53,14 @@ std::vector<fs::path> found(const Plan& plan) {
   return {all.begin(), all.end()};
 }
 
+std::string lines(const std::map<std::string, std::string>& files) {
+  std::string text;
+  for (const auto& [name, hash] : files) {
+    text += fmt::format("file {} {}\n", name, hash);
+  }
+  return text;
+}
+
 class Resolving {
  public:
   explicit Resolving(const Plan& plan) : plan_(plan) {}
@@ -64,7 +72,11 @@ class Resolving {
     sweep_.output_steps = plan_.output_steps;
     detail();
     metrics();
-    compensators();
+    try {
+      compensators();
+    } catch (const ConfigError& e) {
+      throw ConfigError(plan_.name + ": " + e.what());
+    }
     for (const PlanMethod& m : plan_.methods) {
       expand(m);
     }
@@ -131,7 +143,7 @@ class Resolving {
       }
       if (std::find(sweep_.compensators.begin(), sweep_.compensators.end(), canonical(part)) !=
           sweep_.compensators.end()) {
-        throw ConfigError(plan_.name + ": the compensator '" + text + "' is given twice");
+        throw ConfigError("the compensator '" + text + "' is given twice");
       }
       sweep_.compensators.push_back(canonical(part));
       add_files(part, sweep_.files);
@@ -213,7 +225,9 @@ class Resolving {
       if (part->info->role == Role::allocate) {
         method.divides = true;
         if (part->info->allocate(any_config(*part).get())->measures()) {
-          method.measuring.push_back(canonical(*part));
+          std::map<std::string, std::string> files;
+          add_files(*part, files);
+          method.measuring[canonical(*part)] = canonical(*part) + "\n" + lines(files);
         }
       }
     }
@@ -261,14 +275,14 @@ class Resolving {
         sweep_.failed_traces.emplace_back(path.string(), e.what());
       }
     }
-    if (sweep_.traces.empty()) {
-      throw TraceError(sweep_.failed_traces.front().second);
-    }
     for (const int layer : plan_.layers) {
-      if (layers.count(layer) == 0) {
+      if (!layers.empty() && layers.count(layer) == 0) {
         throw ConfigError(
             fmt::format("{}: no trace has a layer {}; there are {}", plan_.name, layer, fmt::join(layers, ", ")));
       }
+    }
+    if (sweep_.traces.empty()) {
+      throw TraceError(sweep_.failed_traces.front().second);
     }
   }
 
@@ -323,14 +337,6 @@ Json json_of(const std::map<std::string, std::string>& map) {
   return j;
 }
 
-std::string lines(const std::map<std::string, std::string>& files) {
-  std::string text;
-  for (const auto& [name, hash] : files) {
-    text += fmt::format("file {} {}\n", name, hash);
-  }
-  return text;
-}
-
 }  // namespace
 
 std::string stamp_of(const fs::path& path) {
@@ -375,9 +381,21 @@ std::string Sweep::key(const std::string& group, const SweepTrace& t, int config
                             m.divides ? fmt::format("layers {}\n", fmt::join(t.layers, ",")) : ""));
 }
 
-std::string Sweep::measured_key(const SweepTrace& t, int layer, const std::string& allocator) const {
-  return sha256(fmt::format("kvreplay measured {}\ntrace {}\nlayer {}\nprompt_len {}\nallocator {}\n", kSweepSchema,
-                            t.content_hash, layer, t.prompt_len, allocator));
+std::map<std::string, std::string> Sweep::measuring() const {
+  std::map<std::string, std::string> all;
+  for (const SweepMethod& m : methods) {
+    all.insert(m.measuring.begin(), m.measuring.end());
+  }
+  return all;
+}
+
+std::string Sweep::measured_group(const SweepTrace& t, int layer) const {
+  return sha256(fmt::format("kvreplay measured {}\ntrace {}\nlayer {}\nprompt_len {}\n", kSweepSchema, t.content_hash,
+                            layer, t.prompt_len));
+}
+
+std::string Sweep::measured_key(const std::string& group, const std::string& allocator_with_files) {
+  return sha256(group + "\nallocator " + allocator_with_files);
 }
 
 Json Sweep::json() const {
@@ -418,7 +436,7 @@ Json Sweep::json() const {
                             {"params", params},
                             {"files", json_of(m.files)},
                             {"divides", m.divides},
-                            {"measuring", m.measuring}});
+                            {"measuring", json_of(m.measuring)}});
   }
   j["compensators"] = compensators;
   j["compensators_given"] = compensators_given;
@@ -466,7 +484,7 @@ Sweep Sweep::from_json(const Json& j) {
     }
     method.files = m.at("files").get<std::map<std::string, std::string>>();
     method.divides = m.at("divides");
-    method.measuring = m.at("measuring").get<std::vector<std::string>>();
+    method.measuring = m.at("measuring").get<std::map<std::string, std::string>>();
     for (int b = 0; b < int(method.budgets.size()); ++b) {
       s.configs.push_back({int(s.methods.size()) - 1, b});
     }

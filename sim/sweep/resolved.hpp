@@ -34,7 +34,7 @@ struct SweepMethod {
   std::vector<std::pair<std::string, std::string>> params;  // what its grid set
   std::map<std::string, std::string> files;                 // hashes of the files that its text names
   bool divides = false;                                     // has an allocator, so that the layers in use matter
-  std::vector<std::string> measuring;                       // allocators that measure, canonical
+  std::map<std::string, std::string> measuring;             // allocators that measure: canonical, and with their files
 };
 
 // One column of cells: a method at a budget.
@@ -67,8 +67,11 @@ struct Sweep {
   // What the cells of one layer share, hashed; and a cell's key.
   std::string group(const SweepTrace&, int layer) const;
   std::string key(const std::string& group, const SweepTrace&, int config) const;
-  // Of what an allocator measured in one layer.
-  std::string measured_key(const SweepTrace&, int layer, const std::string& allocator) const;
+  // Allocators that measure, of all methods: canonical text, and the same with the hashes of its files.
+  std::map<std::string, std::string> measuring() const;
+  // The same for what allocators measured in one layer.
+  std::string measured_group(const SweepTrace&, int layer) const;
+  static std::string measured_key(const std::string& group, const std::string& allocator_with_files);
 
   nlohmann::ordered_json json() const;
   static Sweep from_json(const nlohmann::ordered_json&);  // throws what nlohmann throws where it is none

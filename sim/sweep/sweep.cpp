@@ -11,6 +11,8 @@
 #include <nlohmann/json.hpp>
 
 #include "policies/errors.hpp"
+#include "policies/method.hpp"
+#include "sim/measure_layers.hpp"
 #include "sim/results.hpp"
 #include "sim/run.hpp"
 #include "sim/sweep/rows.hpp"
@@ -61,7 +63,9 @@ class Sweeping {
     }
     // Once, and again where a finished item turns out to be damaged. It was set aside, or the next round would find it.
     for (bool again = true; again;) {
-      do_units(team_.agree(team_.leads() ? find_units() : ""));
+      const std::string units = team_.agree(team_.leads() ? find_units() : "");
+      measure(team_.agree(team_.leads() ? find_units_to_measure(units) : ""));
+      do_units(units);
       team_.wait();
       again = team_.agree(team_.leads() && !finish() ? "again" : "") == "again";
     }
@@ -102,12 +106,100 @@ class Sweeping {
     return text_of(left.units);
   }
 
+  std::string find_units_to_measure(const std::string& units) {
+    Store store(items());
+    return text_of(units_to_measure(sweep_, store, units_of(units)));
+  }
+
   void name_damaged(const Store& store) {
     for (const std::string& sentence : store.damaged()) {
       if (std::find(out_.damaged.begin(), out_.damaged.end(), sentence) == out_.damaged.end()) {
         out_.damaged.push_back(sentence);
       }
     }
+  }
+
+  // What allocators need of every layer. What cannot be measured is left to the cells that need it: they will say why.
+  void measure(const std::string& text) {
+    const std::vector<Unit> units = units_of(text);
+    if (units.empty()) {
+      return;
+    }
+    const Store store(items());
+    team_.begin(units.size());
+    for (std::optional<std::size_t> i; !stopped() && (i = team_.next());) {
+      const Unit& unit = units[*i];
+      const SweepTrace& trace = sweep_.traces[std::size_t(unit.trace)];
+      if (request_.progress) {
+        request_.progress(double(*i), double(units.size()),
+                          fmt::format("{} layer {}, measured for allocators", trace.stem, unit.layer));
+      }
+      try {
+        measure(unit, trace, store);
+      } catch (const TraceError&) {
+      } catch (const ConfigError&) {
+      }
+    }
+    team_.wait();
+  }
+
+  void measure(const Unit& unit, const SweepTrace& trace, const Store& store) const {
+    const auto measuring = sweep_.measuring();
+    ItemHead head{.kind = ItemKind::measured, .id = sweep_.measured_group(trace, unit.layer)};
+    std::vector<PartUse> parts;
+    for (const int a : unit.configs) {
+      const auto& [text_of_part, with_files] = *std::next(measuring.begin(), a);
+      parts.push_back(
+          parse_part(text_of_part, Role::allocate, table_reader({sweep_.tables.begin(), sweep_.tables.end()})));
+      head.keys.push_back(Sweep::measured_key(head.id, with_files));
+    }
+    std::vector<const PartUse*> uses;
+    for (const PartUse& part : parts) {
+      uses.push_back(&part);
+    }
+    refuse_changed(trace);
+    const auto numbers = measure_layer(TraceReader(trace.path), unit.layer, trace.prompt_len, uses, request_.threads);
+    refuse_changed(trace);
+    store.add(head, Json(numbers).dump(), unique_name(head.id));
+  }
+
+  // What an allocator measured in a layer; nothing where that is not known.
+  std::vector<double> measured(const SweepTrace& trace, int layer, const std::string& allocator) const {
+    const auto measuring = sweep_.measuring();
+    const auto it = measuring.find(allocator);
+    if (it == measuring.end()) {
+      return {};
+    }
+    const std::string group = sweep_.measured_group(trace, layer), wanted = Sweep::measured_key(group, it->second);
+    for (const ItemHead& head : store_->heads(group)) {
+      const auto at = std::find(head.keys.begin(), head.keys.end(), wanted) - head.keys.begin();
+      std::string body;
+      if (at == std::ssize(head.keys) || !store_->body(head, body)) {
+        continue;
+      }
+      const Json numbers = Json::parse(body, nullptr, false);
+      std::vector<double> row;
+      for (const Json& x : numbers.is_array() && std::ssize(numbers) > at ? numbers[std::size_t(at)] : Json()) {
+        if (!x.is_number()) {
+          return {};
+        }
+        row.push_back(x.get<double>());
+      }
+      return row;
+    }
+    return {};
+  }
+
+  RunRequest request_of(const SweepTrace& trace, int layer, const std::vector<int>& configs) const {
+    RunRequest r = kvreplay::request_of(sweep_, trace, layer, configs);
+    r.threads = request_.threads;
+    r.memory = request_.memory;
+    r.stop = request_.stop;
+    r.argv = request_.argv;
+    r.measured = [this, &trace](const fs::path&, int of_layer, const std::string& allocator) {
+      return measured(trace, of_layer, allocator);
+    };
+    return r;
   }
 
   void do_units(const std::string& text) {
@@ -234,9 +326,7 @@ class Sweeping {
   void check(const SweepTrace& trace, int layer, const std::vector<int>& configs, std::vector<int>& sound,
              Failed& failed) const {
     try {
-      RunRequest r = request_of(sweep_, trace, layer, configs);
-      r.memory = request_.memory;
-      kvreplay::check(r);
+      kvreplay::check(request_of(trace, layer, configs));
       sound.insert(sound.end(), configs.begin(), configs.end());
     } catch (const ConfigError& e) {
       if (configs.size() == 1) {
@@ -251,15 +341,11 @@ class Sweeping {
 
   void replay(const Unit& unit, const SweepTrace& trace, const std::vector<int>& configs, ItemRows& rows,
               std::vector<int>& finished, Failed& failed, const fs::path& out) {
-    RunRequest r = request_of(sweep_, trace, unit.layer, configs);
+    RunRequest r = request_of(trace, unit.layer, configs);
     std::map<std::pair<std::string, std::string>, int> index;  // label and budget: config
     for (const int c : configs) {
       index.emplace(std::pair(sweep_.method(c).label, sweep_.budget(c)), c);
     }
-    r.threads = request_.threads;
-    r.memory = request_.memory;
-    r.stop = request_.stop;
-    r.argv = request_.argv;
     r.out = out;
     r.cell = [&](const CellId& id, const CellResult& result, const Layer&) {
       rows.add(finished.size(), id, result);

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <charconv>
+#include <map>
+#include <set>
 #include <sstream>
 
 #include "policies/counter_rng.hpp"
@@ -70,6 +72,40 @@ Units units_left(const Sweep& sweep, Store& store, const Shard& shard, std::uint
     }
   }
   return all;
+}
+
+std::vector<Unit> units_to_measure(const Sweep& sweep, Store& store, const std::vector<Unit>& cells) {
+  std::map<int, std::set<std::string>> needed;  // by trace: allocators
+  for (const Unit& u : cells) {
+    for (const int c : u.configs) {
+      for (const auto& [text, with_files] : sweep.method(c).measuring) {
+        needed[u.trace].insert(text);
+      }
+    }
+  }
+  const auto measuring = sweep.measuring();
+  std::vector<Unit> units;
+  for (const auto& [t, allocators] : needed) {
+    const SweepTrace& trace = sweep.traces[std::size_t(t)];
+    for (const int layer : trace.layers) {  // all that it divides over, whoever replays them
+      const std::string group = sweep.measured_group(trace, layer);
+      std::set<std::string> known;
+      for (const ItemHead& head : store.heads(group)) {
+        known.insert(head.keys.begin(), head.keys.end());
+      }
+      Unit unit{t, layer, {}};
+      for (const std::string& text : allocators) {
+        const auto it = measuring.find(text);
+        if (known.count(Sweep::measured_key(group, it->second)) == 0) {
+          unit.configs.push_back(int(std::distance(measuring.begin(), it)));
+        }
+      }
+      if (!unit.configs.empty()) {
+        units.push_back(std::move(unit));
+      }
+    }
+  }
+  return units;
 }
 
 std::string text_of(const std::vector<Unit>& units) {

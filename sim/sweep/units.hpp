@@ -33,6 +33,10 @@ struct Units {
 // memory: bytes, as RunRequest::memory.
 Units units_left(const Sweep&, Store&, const Shard&, std::uint64_t memory);
 
+// What allocators have to measure before these cells can be divided by it: items that the units wait for. `configs`
+// count Sweep::measuring.
+std::vector<Unit> units_to_measure(const Sweep&, Store&, const std::vector<Unit>& cells);
+
 MemoryNeed memory_need(const Sweep&, const SweepTrace&);
 
 // For Team::agree.

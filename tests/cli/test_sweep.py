@@ -57,7 +57,7 @@ def long_plan(tmp_path_factory):
     """Units enough, and slow enough, to be killed in between."""
     folder = tmp_path_factory.mktemp("long")
     for seed in (1, 2):
-        assert kvreplay("synth", folder / f"t{seed}.h5", "--tokens", 700, "--prompt-len", 300, "--n-layers", 4, "--heads",
+        assert kvreplay("synth", folder / f"t{seed}.h5", "--tokens", 500, "--prompt-len", 200, "--n-layers", 4, "--heads",
                         4, "--kv-heads", 2, "--head-dim", 32, "--seed", seed).returncode == 0
     return write_plan(folder, 'traces = ["t*.h5"]\nmethods = ["h2o", "tova", "streaming", "snapkv"]\nbudgets = [32, 64]\n')
 
@@ -133,7 +133,7 @@ def pooled(summary):
 def test_the_numbers_of_a_run(tmp_path, name):
     plan = write_plan(tmp_path, f"""
 traces = ["{SAMPLES / name}.h5"]
-methods = ["h2o", "streaming", "full", "snapkv+clusters:k=4"]
+methods = ["h2o", "streaming", "full", "snapkv+clusters:entries=4"]
 budgets = [32, "50%"]
 layers = "0"
 max_steps = 40
@@ -141,7 +141,7 @@ detail = "heads"
 statistics = ["mean", "p90"]
 """)
     cells = good_sweep(plan, tmp_path / "out")
-    done = run(SAMPLES / f"{name}.h5", tmp_path / "run", "-m", "h2o,streaming,full,snapkv+clusters:k=4", "-b", "32,50%",
+    done = run(SAMPLES / f"{name}.h5", tmp_path / "run", "-m", "h2o,streaming,full,snapkv+clusters:entries=4", "-b", "32,50%",
                "--layers", "0", "--max-steps", 40)
     assert done.returncode == 0, done.stderr
     summary = rows(tmp_path / "run")
@@ -150,7 +150,7 @@ statistics = ["mean", "p90"]
     n_compared = 0
     for (layer, label, budget, column), (mean, n) in expected.items():
         row, = (c for c in cells if (c["layer"], c["label"], c["budget"]) == (layer, label, budget))
-        column = column.replace("clusters:k=4", "own").replace("clusters", "own")
+        column = column.replace("clusters:entries=4", "own").replace("clusters", "own")
         assert int(row[column + ":n"]) == n, (label, column)
         if mean is None:
             assert row[column] == ""
@@ -163,7 +163,7 @@ statistics = ["mean", "p90"]
     with open(tmp_path / "run" / "summary.csv", newline="") as f:
         for row in csv.DictReader(f):
             column = row["metric"] + ("." + row["compensator"] if row["compensator"] else "")
-            column = column.replace("clusters:k=4", "own").replace("clusters", "own")
+            column = column.replace("clusters:entries=4", "own").replace("clusters", "own")
             if row["kv_head"]:
                 of_head = heads[row["kv_head"], row["q_head"], row["label"], row["budget"]]
                 assert (of_head[column], of_head[column + ":p90"], of_head[column + ":n"]) == (row["mean"], row["p90"], row["n"])
@@ -231,6 +231,30 @@ def test_tables_of_values_lie_beside_the_plan(plan, tmp_path):
     good_sweep(plan, tmp_path / "out", cwd="/")
     assert len(state(tmp_path / "out")) == 2 * len(first)
     assert len(table(tmp_path / "out")) == 2
+
+
+def test_allocators_that_measure_layers(plan, tmp_path):
+    """What they measured is an item of its own, done once and before the cells that divide by it."""
+    plan.write_text('traces = ["*.h5"]\nmethods = ["h2o+zigzag", "h2o"]\nbudgets = [12]\n')
+    out = tmp_path / "out"
+    cells = good_sweep(plan, out)
+    for trace in "ab":
+        assert run(tmp_path / f"{trace}.h5", tmp_path / trace, "-m", "h2o+zigzag", "-b", "12").returncode == 0
+        expected = pooled(rows(tmp_path / trace))
+        for cell in cells:
+            if cell["trace"] == trace and cell["label"] == "h2o+zigzag":
+                for column in ("error", "resident"):
+                    mean, _ = expected[cell["layer"], "h2o+zigzag", "12", column]
+                    assert float(cell[column]) == pytest.approx(mean, rel=1e-7)
+    measured = {p.name: p.read_bytes() for p in items(out, "measured")}
+    assert len(measured) == 4
+    plan.write_text(plan.read_text().replace("[12]", "[12, 16]"))
+    good_sweep(plan, out)
+    assert {p.name: p.read_bytes() for p in items(out, "measured")} == measured
+    for i in range(2):
+        assert sweep(plan, tmp_path / f"s{i}", "--shard", f"{i}/2").returncode == 0
+    assert kvreplay("merge", tmp_path / "s0", tmp_path / "s1", "--out", tmp_path / "all").returncode == 0
+    assert (tmp_path / "all" / "cells.csv").read_bytes() == (out / "cells.csv").read_bytes()
 
 
 # --- once and for all -------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ Sweep example() {
                        .budgets = {""},
                        .files = {{"a.json", "0123"}},
                        .divides = true,
-                       .measuring = {"x"}});
+                       .measuring = {{"x", "x\n"}}});
   s.compensators = {"mean"};
   s.tables = {{"a.json", "/plan/a.json"}};
   s.metrics = {"error", "resident"};
