@@ -1,6 +1,7 @@
 #include "sim/cli/sweep_command.hpp"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "policies/errors.hpp"
 #include "sim/cli/arguments.hpp"
@@ -18,7 +20,9 @@
 #include "sim/run.hpp"
 #include "sim/sweep/estimate.hpp"
 #include "sim/sweep/merge.hpp"
+#include "sim/sweep/ranks.hpp"
 #include "sim/sweep/sweep.hpp"
+#include "traces/errors.hpp"
 
 namespace kvreplay {
 namespace {
@@ -153,6 +157,23 @@ void print_outcome(const SweepRequest& r, const SweepOutcome& outcome) {
   }
 }
 
+ExitCode code_of_current_exception() {
+  try {
+    throw;
+  } catch (const ConfigError&) {
+    return kUsage;
+  } catch (const TraceError&) {
+    return kTrace;
+  } catch (...) {
+    return kOther;
+  }
+}
+
+// What a process may take where the user says nothing, as RunRequest::memory.
+std::uint64_t free_memory() {
+  return std::uint64_t(0.75 * double(::sysconf(_SC_AVPHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE)));
+}
+
 void run_sweep(const SweepOptions& o, bool emit_slurm) {
   SweepRequest r = request_of(o);
   if (emit_slurm) {
@@ -164,14 +185,32 @@ void run_sweep(const SweepOptions& o, bool emit_slurm) {
     print_estimate(r);
     return;
   }
-  Team alone;
-  SweepOutcome outcome;
-  {
-    Progress progress;
-    r.progress = [&](double done, double total, const std::string& what) { progress.at(done, total, what); };
-    outcome = sweep(r, alone);
+  // A process that was given its part shares nothing with the others.
+  const std::unique_ptr<Team> team = o.shard.empty() ? team_of_environment() : std::make_unique<Team>();
+  if (team->n_here() > 1) {
+    r.threads = o.threads > 0 ? o.threads : std::max(1, r.threads / team->n_here());
+    r.memory = r.memory > 0 ? r.memory : free_memory() / std::uint64_t(team->n_here());
   }
-  print_outcome(r, outcome);
+  SweepOutcome outcome;
+  try {
+    std::optional<Progress> progress;
+    if (team->leads()) {
+      progress.emplace();
+      r.progress = [&](double done, double total, const std::string& what) { progress->at(done, total, what); };
+    }
+    outcome = sweep(r, *team);
+  } catch (const TeamFailed& failed) {
+    throw Exit{ExitCode(failed.code)};
+  } catch (...) {
+    const ExitCode code = code_of_current_exception();
+    if (team->fail(code)) {
+      throw;
+    }
+    throw Exit{code};
+  }
+  if (team->leads()) {
+    print_outcome(r, outcome);
+  }
 }
 
 void print_status(const StatusOptions& o) {

@@ -66,7 +66,8 @@ class Sweeping {
       const std::string units = team_.agree(team_.leads() ? find_units() : "");
       measure(team_.agree(team_.leads() ? find_units_to_measure(units) : ""));
       do_units(units);
-      team_.wait();
+      out_.interrupted = team_.any(stopped());
+      out_.trace_failed = team_.any(out_.trace_failed);
       again = team_.agree(team_.leads() && !finish() ? "again" : "") == "again";
     }
     return std::move(out_);
@@ -224,7 +225,6 @@ class Sweeping {
       do_unit(units[*i]);
     }
     store_ = nullptr;
-    out_.interrupted = stopped();
   }
 
   static std::string name_of_id(const std::string& id) { return id.substr(0, kIdLength); }
@@ -355,6 +355,7 @@ class Sweeping {
       failed.emplace(index.at({id.label, id.budget}), why);
     };
     r.progress = [&](double done, double, const std::string& what) {
+      team_.attend();
       if (request_.progress) {
         request_.progress(done_ + done, total_, what);
       }

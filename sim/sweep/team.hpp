@@ -7,6 +7,11 @@
 
 namespace kvreplay {
 
+// Another member failed, with this exit code, and says why.
+struct TeamFailed {
+  int code;
+};
+
 class Team {
  public:
   virtual ~Team() = default;
@@ -20,6 +25,13 @@ class Team {
   // A unit that no other member has; nothing where all are taken.
   virtual std::optional<std::size_t> next() { return next_ < n_ ? std::optional(next_++) : std::nullopt; }
   virtual void wait() {}  // until every member is here
+  // Whether it is so for any member; returns when every member is here.
+  virtual bool any(bool mine) { return mine; }
+  virtual void attend() {}  // now and then, while a unit is worked on
+  // This member cannot go on: instead of coming back from their next common step the others throw TeamFailed. True for
+  // the first that fails, who is to say why.
+  virtual bool fail(int /*code*/) { return true; }
+  virtual int n_here() const { return 1; }  // members on this machine
 
  private:
   std::size_t next_ = 0, n_ = 0;
