@@ -14,7 +14,7 @@ import time
 from kill import Killed
 from subjects import KVREPLAY, ROOT, must
 
-BUDGETS = [16, 24, 32, 40, 48, 56, 64, 72, 80, 96]
+BUDGETS = [32, 36, 40, 44, 48, 56, 64, 72, 80, 96]
 GRIDS = """
 [[method]]
 text = "momentum"

@@ -187,7 +187,8 @@ void add_parts() {
 
 const std::vector<std::string> kCompany = {"h2o", "tova:scope=query_head", "streaming+moments", "h2o:scope=layer"};
 
-std::vector<CellResult> replayed(const Layer& layer, const std::vector<std::string>& texts, int threads) {
+std::vector<CellResult> replayed(const Layer& layer, const std::vector<std::string>& texts, int threads,
+                                 const Fault& armed = {}) {
   std::vector<Method> methods;
   for (const std::string& text : texts) {
     methods.push_back(parse_method(text));
@@ -202,7 +203,11 @@ std::vector<CellResult> replayed(const Layer& layer, const std::vector<std::stri
   ReplayOptions options;
   options.threads = threads;
   options.block_steps = 16;
-  return replay(layer, jobs, options).cells;
+  fault = armed;
+  reached = false;
+  std::vector<CellResult> cells = replay(layer, jobs, options).cells;
+  fault = {};
+  return cells;
 }
 
 struct Case {
@@ -229,13 +234,11 @@ TEST_CASE("a part that throws fails its own cell, and no other notices") {
   o.prompt_len = 30;
   o.hidden = 12;
   const Layer layer = engine_layer(make_toy_layer(o));
-  fault = {};
   const std::vector<CellResult> healthy = replayed(layer, kCompany, 1);
   int n_felt = 0;
   for (const Case& c : kCases) {
     std::vector<std::string> texts = kCompany;
     texts.insert(texts.begin() + 2, c.text);
-    fault = {};
     REQUIRE(replayed(layer, texts, 2)[2].error == "");
     for (const std::string_view place : c.places) {
       bool somewhere = false;
@@ -246,10 +249,7 @@ TEST_CASE("a part that throws fails its own cell, and no other notices") {
               continue;
             }
             INFO(c.text << " throws in " << place << " from position " << at << " on, " << threads << " threads");
-            fault = {place, at, kind};
-            reached = false;
-            const std::vector<CellResult> cells = replayed(layer, texts, threads);
-            fault = {};
+            const std::vector<CellResult> cells = replayed(layer, texts, threads, {place, at, kind});
             CHECK(cells[2].error.empty() != reached);
             somewhere |= reached;
             if (reached) {
