@@ -625,3 +625,11 @@ def test_dry_run(plan, tmp_path):
     good_sweep(plan, out)
     said = sweep(plan, out, "--dry-run").stdout
     assert f"0 to measure ({N_CELLS} are done)" in said and "time" not in said
+
+
+def test_the_example_of_the_document(tmp_path):
+    example = ROOT / "docs" / "sweep_example.toml"
+    shown = (ROOT / "docs" / "sweep.md").read_text().split("```toml\n")[1].split("```")[0]
+    assert shown.strip() == example.read_text().split("\n", 1)[1].strip()
+    done = sweep(example, tmp_path / "out", "--dry-run")
+    assert done.returncode == 0 and done.stderr == "", done

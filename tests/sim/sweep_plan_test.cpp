@@ -1,5 +1,6 @@
 // What a plan may say, what it stands for, and how its work is shared.
 #include <catch2/catch.hpp>
+#include <cmath>
 #include <set>
 
 #include "policies/errors.hpp"
