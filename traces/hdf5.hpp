@@ -115,6 +115,7 @@ class Dataset : public Object {
 
  private:
   friend class Group;
+  std::uint64_t column_length(std::uint64_t each) const;  // of a column whose values take `each` bytes of memory
   Dataset(Handle handle, std::string where) : Object(std::move(handle), std::move(where)) {}
 };
 
