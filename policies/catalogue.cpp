@@ -196,24 +196,6 @@ std::vector<const PartInfo*>& parts() {
   return all;
 }
 
-// Insertions, deletions, substitutions and swaps of neighbours.
-int edit_distance(std::string_view a, std::string_view b) {
-  std::vector<std::vector<int>> d(a.size() + 1, std::vector<int>(b.size() + 1));
-  for (std::size_t i = 0; i <= a.size(); ++i) {
-    for (std::size_t j = 0; j <= b.size(); ++j) {
-      if (i == 0 || j == 0) {
-        d[i][j] = static_cast<int>(i + j);
-        continue;
-      }
-      d[i][j] = std::min({d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
-      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) {
-        d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
-      }
-    }
-  }
-  return d[a.size()][b.size()];
-}
-
 }  // namespace
 
 std::span<const PartInfo* const> all_parts() { return parts(); }
@@ -241,13 +223,6 @@ void add_part(const PartInfo& part) {
 const Preset* find_preset(std::string_view name) {
   const auto it = std::find_if(std::begin(kPresets), std::end(kPresets), [&](auto& p) { return p.name == name; });
   return it == std::end(kPresets) ? nullptr : &*it;
-}
-
-std::string nearest(std::string_view name, std::span<const std::string> valid) {
-  const auto it = std::min_element(valid.begin(), valid.end(), [&](const auto& a, const auto& b) {
-    return edit_distance(name, a) < edit_distance(name, b);
-  });
-  return it == valid.end() ? std::string() : *it;
 }
 
 }  // namespace kvreplay

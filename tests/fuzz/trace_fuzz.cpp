@@ -156,6 +156,9 @@ std::map<std::string, Item> right_trace() {
     const std::string at = layer;
     items[at + "k"] = {Kind::f32, {2, kTokens, 4}, raw({0.5F, 1.0F, -1.0F})};
     items[at + "v"] = {Kind::f32, {2, kTokens, 2}, raw({0.25F, 2.0F})};
+    if (at == "layers/003/") {
+      break;
+    }
     items[at + "q"] = {Kind::f32, {4, 7, 4}, raw({1.0F, 0.5F})};
     items[at + "q_index"] = {Kind::i32, {7}, raw<std::int32_t>({5, 6, 7, 8, 9, 10, 11})};
     items[at + "out"] = {Kind::f32, {4, 2, 2}, raw({1.0F})};
@@ -397,7 +400,7 @@ void write_item(hid_t file, const std::string& path, const Item& item) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
   fuzz::Input input(data, size);
-  const bool oldest = input.flag(), repacks = input.flag();
+  const bool oldest = input.flag(), repacks = input.below(8) == 1;
   std::map<std::string, Item> items = right_trace();
   for (int n = 0; n < 12 && !input.empty() && !items.empty(); ++n) {
     change(items, input);
