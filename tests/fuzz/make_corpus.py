@@ -1,4 +1,4 @@
-"""Writes the hand-made seeds of the corpora: make_corpus.py [FOLDER] (default: corpus beside this file).
+"""Writes the hand-made seeds of the corpora: make_corpus.py [FOLDER] (default: corpus beside this file); needs h5py.
 
 What fuzzing found is kept beside them under other names; this script touches only what it makes.
 """
@@ -101,6 +101,24 @@ def npz(arrays):
     return out.getvalue()
 
 
+def trace(compressed):
+    """The smallest trace that h5py writes from the ten lines of docs/trace_format.md."""
+    import h5py
+    import numpy as np
+    out = io.BytesIO()
+    with h5py.File(out, "w", libver=("v108", "v110"), meta_block_size=512) as f:
+        f.attrs.update(format="kvtrace", format_version="1.0")
+        f.create_group("model").attrs.update(name="m", n_layers=1, n_heads=2, n_kv_heads=1, head_dim=2, v_head_dim=2,
+                                             attention_scale=0.5, logit_softcap=0.0, sliding_window=np.zeros(1, "i4"))
+        f["tokens/id"], f["tokens/position"] = np.arange(4, dtype="i4"), np.arange(4, dtype="i4")
+        f["tokens/phase"] = np.array([0, 0, 1, 1], dtype="u1")
+        f["n_valid"] = np.uint64(4)
+        filters = {"chunks": (1, 2, 2), "compression": "gzip", "shuffle": True} if compressed else {}
+        for name, heads in (("q", 2), ("k", 1), ("v", 1)):
+            f.create_dataset(f"layers/000/{name}", data=np.ones((heads, 4, 2), "f4"), **filters)
+    return out.getvalue()
+
+
 def seeds():
     for i, text in enumerate(METHODS):
         yield f"method/{i:02}", text.encode()
@@ -135,6 +153,8 @@ def seeds():
     for kind in range(14):
         yield f"trace/change_{kind:02}", bytes([kind % 2, 0]) + b"".join(
             bytes([item, kind, 2 + kind, 3, 1, 2, 1]) for item in range(3 * kind, 3 * kind + 3))
+    for name in ("contiguous", "compressed"):
+        yield f"trace_bytes/{name}.h5", trace(name == "compressed")
     yield "stored_array/zeros", bytes(64)
     yield "stored_array/contiguous", bytes([2, 1, 4, 0, 3, 0, 8, 100, 1, 4, 0] * 4)
     yield "stored_array/chunked", bytes([2, 1, 4, 0, 3, 1, 0, 0, 1, 4, 4, 9, 64, 1, 4, 0] * 8)
