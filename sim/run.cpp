@@ -761,7 +761,8 @@ std::vector<int> parse_integers(const std::string& option, const std::string& te
     const std::size_t dash = piece.find('-');
     const int first = number(piece.substr(0, dash));
     const int last = dash == std::string::npos ? first : number(piece.substr(dash + 1));
-    if (last < first || last - first > 1000000) {
+    constexpr std::size_t kMost = 1000000;  // a list of ranges could ask for any amount of memory
+    if (last < first || all.size() + static_cast<std::size_t>(last - first) > kMost) {
       refuse();
     }
     for (int i = first; i <= last; ++i) {

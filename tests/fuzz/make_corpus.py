@@ -1,10 +1,11 @@
-"""Writes the hand-made seeds of the corpora: make_corpus.py [FOLDER] (default: corpus beside this file); needs h5py.
+"""Writes the seeds of the corpora: make_corpus.py KVREPLAY [FOLDER] (default: corpus beside this file); needs h5py.
 
 What fuzzing found is kept beside them under other names; this script touches only what it makes.
 """
 import io
 import json
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -30,6 +31,36 @@ h2o+adakv+cam+mean
 25%
 0.25
 128""".splitlines()
+
+PLANS = ["""
+traces = ["traces/*.h5"]
+methods = ["h2o", "snapkv:budget=2048/momentum:alpha=0.97"]
+budgets = [128, "25%", "64KiB"]
+compensators = ["mean", "moments"]
+metrics = "error_output,evicted_mass"
+statistics = ["mean", "p99"]
+layers = ["0-2", 5]
+detail = ["outputs", "heads"]
+output_steps = [1, 2]
+prompt_len = 4
+max_steps = 100
+checkpoints = 8
+seed = 7
+""", """
+traces = "a.h5"
+budgets = 128
+[[method]]
+text = "h2o"
+budgets = [64]
+grid = {sink = [0, 4], window = {from = 16, to = 64, step = 16}}
+zip = [{a = [1, 2], b = {from = 0.1, to = 1, count = 2, scale = "log"}}]
+[[method]]
+text = "momentum"
+[method.grid]
+alpha = {from = 0.9, to = 0.999, random = 5, seed = 3, scale = "one_minus"}
+[method.zip]
+x = [true, "text", 1.5, -3]
+"""]
 
 CONFIGS = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
@@ -119,9 +150,24 @@ def trace(compressed):
     return out.getvalue()
 
 
-def seeds():
+def every_part(program):
+    """Each part with all of its keys at their defaults, and each preset, as `kvreplay policies --json` lists them."""
+    known = json.loads(subprocess.run([program, "policies", "--json"], check=True, capture_output=True).stdout)
+    for part in known["parts"]:
+        keys = [f"{key['name']}={str(key['default']).lower()}" for key in part["keys"] if key.get("default") not in (None, "")]
+        text = part["name"] + (":" + ",".join(keys) if keys else "")
+        yield part["name"], text if part["role"] == "select" else "h2o+" + text
+    for preset in known.get("presets", []):
+        yield preset["name"], preset["name"]
+
+
+def seeds(program):
+    for name, text in every_part(program):
+        yield f"method/{name}", text.encode()
     for i, text in enumerate(METHODS):
         yield f"method/{i:02}", text.encode()
+    for i, text in enumerate(PLANS):
+        yield f"plan/{i}.toml", text.lstrip().encode()
     for name, config in CONFIGS.items():
         yield f"config/{name}.json", json.dumps(config).encode()
     for name, file in tokenizers():
@@ -161,8 +207,8 @@ def seeds():
 
 
 def main():
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "corpus"
-    for name, data in seeds():
+    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / "corpus"
+    for name, data in seeds(sys.argv[1]):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
