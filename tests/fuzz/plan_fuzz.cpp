@@ -9,6 +9,10 @@ using namespace kvreplay;
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string_view text(reinterpret_cast<const char*>(data), size);
+  // A character beyond ASCII outside of a text is where toml++ 3.3 itself has undefined behaviour (docs/fuzzing.md).
+  if (std::any_of(data, data + size, [](std::uint8_t byte) { return byte >= 0x80; })) {
+    return 0;
+  }
   fuzz::answered<ConfigError>([&] {
     const Plan plan = parse_plan(text, "plan.toml");
     fuzz::require(!plan.traces.empty() && !plan.methods.empty(), "a plan of nothing");
