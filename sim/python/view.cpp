@@ -61,14 +61,15 @@ std::vector<int> LentView::slots_of(const py::object& slots) const {
     std::iota(all.begin(), all.end(), 0);
     return all;
   }
-  const auto given = py::array_t<py::ssize_t, py::array::c_style>::ensure(slots);
-  if (!given || given.ndim() != 1 || py::array(slots).dtype().kind() == 'b') {
+  const auto given = py::array::ensure(slots);
+  const std::string kind = given ? given.attr("dtype").attr("kind").cast<std::string>() : "";
+  if (!given || given.ndim() != 1 || (given.size() > 0 && kind != "i" && kind != "u")) {
     throw py::type_error("slots: expected a list or array of slot numbers, in one dimension");
   }
-  for (py::ssize_t i = 0; i < given.size(); ++i) {
-    const py::ssize_t slot = given.at(i) < 0 ? given.at(i) + n : given.at(i);
+  for (const py::ssize_t i : py::cast<std::vector<py::ssize_t>>(given)) {
+    const py::ssize_t slot = i < 0 ? i + n : i;
     if (slot < 0 || slot >= n) {
-      throw py::index_error(fmt::format("slot {} does not exist; this set has {}", given.at(i), n));
+      throw py::index_error(fmt::format("slot {} does not exist; this set has {}", i, n));
     }
     all.push_back(int(slot));
   }
