@@ -16,6 +16,7 @@
 #include "policies/errors.hpp"
 #include "sim/load.hpp"
 #include "sim/measure.hpp"
+#include "sim/plugins.hpp"
 #include "traces/hash.hpp"
 #include "traces/hdf5.hpp"
 
@@ -50,6 +51,7 @@ struct Recorded {
   std::vector<Trace> traces;
   std::vector<RecordedMethod> methods;
   std::vector<std::string> budgets, compensators;
+  std::map<std::string, std::pair<std::string, std::string>> plugins;  // by a part's name: the file it came from, hash
   std::map<std::string, fs::path> table_files;  // where a table lay that is not called like its file
   std::uint64_t seed = 0;
 };
@@ -63,7 +65,8 @@ Recorded read_run(const fs::path& folder) {
   }
   std::ifstream in(path, std::ios::binary);
   if (!in) {
-    throw ConfigError(folder.string() + " is not a results folder: it has no run.json");
+    throw ConfigError(folder.string() +
+                      " is not a results folder: it has no run.json; a run that ended has written one");
   }
   Recorded r;
   try {
@@ -81,6 +84,11 @@ Recorded read_run(const fs::path& folder) {
     r.budgets = j.at("budgets");
     for (const auto& [name, file] : j.value("table_files", std::map<std::string, std::string>())) {
       r.table_files[name] = file;
+    }
+    for (const json& p : j.value("plugins", json::array())) {
+      for (const std::string part : p.at("parts")) {
+        r.plugins[part] = {p.at("path"), p.at("sha256")};
+      }
     }
     for (const json& m : j.at("methods")) {
       r.methods.push_back({.label = m.at("label"),
@@ -132,8 +140,19 @@ const Recorded::RecordedMethod& find_method(const Recorded& recorded, const std:
 }
 
 Method parse(const Recorded& recorded, const Recorded::RecordedMethod& m) {
+  for (const auto& [part, plugin] : recorded.plugins) {
+    if (m.name.find(part) != std::string::npos && find_part(part) == nullptr) {
+      throw ConfigError(
+          fmt::format("{} was run with the plug-in {}; add --plugin {}", m.label, plugin.first, plugin.first));
+    }
+  }
   Method method = parse_method(m.label, table_reader(recorded.table_files));
   for (const PartUse* part : method.parts()) {
+    const auto plugin = recorded.plugins.find(std::string(part->info->name));
+    if (plugin_hash(*part->info) != (plugin == recorded.plugins.end() ? "" : plugin->second.second)) {
+      throw ConfigError(fmt::format("{}: '{}' is not the one that the run had{}", m.label, part->info->name,
+                                    plugin == recorded.plugins.end() ? "" : ", from " + plugin->second.first));
+    }
     for (const Setting& s : part->settings) {
       const auto it = s.table ? m.tables.find(s.table->path) : m.tables.end();
       if (it != m.tables.end() && it->second != s.table->hash) {
@@ -510,19 +529,28 @@ class Explain {
 
   // An allocator over layers gives a layer what the others do not need: with fewer layers it would give other budgets.
   void check_allocator(const Method& method, const TraceInfo& trace) const {
-    if (request_.layers.empty() || !method.allocate || run_.budgets.empty()) {
-      return;
-    }
-    const std::vector<int>& all = recorded_.traces[0].layers;
-    const auto allocator = method.allocate->info->allocate(method.allocate->config(all[0]).get());
-    const std::vector<int> budgets = allocator->over_layers(
-        {all, trace.n_layers, recorded_.traces[0].prompt_len, tokens_of(run_.budgets[0], recorded_, trace),
-         recorded_.traces[0].n_tokens, head_worth(*method.allocate, all, trace.n_kv_heads)});
-    if (std::adjacent_find(budgets.begin(), budgets.end(), std::not_equal_to<>()) != budgets.end()) {
+    const std::string whole = run_.budgets.empty() ? "" : run_.budgets[0], prompt = method.prefill_budget.text;
+    if (over_layers(method.allocate, whole, trace) ||
+        over_layers(method.prefill_allocate, prompt.empty() ? whole : prompt, trace)) {
       throw ConfigError("--layers: " + method.label +
                         " spreads its budget over all layers of the run, and would have another one on fewer; leave "
                         "--layers away");
     }
+  }
+
+  bool over_layers(const std::optional<PartUse>& use, const std::string& budget, const TraceInfo& trace) const {
+    if (request_.layers.empty() || !use || budget.empty()) {
+      return false;
+    }
+    const std::vector<int>& all = recorded_.traces[0].layers;
+    const auto allocator = use->info->allocate(use->config(all[0]).get());
+    if (allocator->measures()) {
+      return all.size() > 1;
+    }
+    const std::vector<int> budgets = allocator->over_layers(
+        {all, trace.n_layers, recorded_.traces[0].prompt_len, tokens_of(budget, recorded_, trace),
+         recorded_.traces[0].n_tokens, head_worth(*use, all, trace.n_kv_heads)});
+    return std::adjacent_find(budgets.begin(), budgets.end(), std::not_equal_to<>()) != budgets.end();
   }
 
   // Where the explanation goes; run() makes it.

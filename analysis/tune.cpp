@@ -689,7 +689,7 @@ class Tuning {
     j["holdout"] = stems(held_out());
     j["holdout_from_step"] = tuned_steps_;
     j["n_kv_heads"] = n_kv_heads_;
-    j["heads_share_budget"] = base_.allocate.has_value();
+    j["heads_share_budget"] = base_.allocate || base_.prefill_allocate;
     j["seed"] = request_.seed;
     j["tuned"] = tuned;
     return j;

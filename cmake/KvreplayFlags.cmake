@@ -3,13 +3,15 @@ add_library(kvreplay_flags INTERFACE)
 target_include_directories(kvreplay_flags INTERFACE ${CMAKE_SOURCE_DIR})
 # One level of threads: ours. No -ffast-math, ever: results must be the same tomorrow.
 target_compile_definitions(kvreplay_flags INTERFACE EIGEN_DONT_PARALLELIZE)
-target_compile_options(kvreplay_flags INTERFACE $<$<CONFIG:Release>:-O3> -ffp-contract=fast -fno-math-errno)
+set(KVREPLAY_CODE_OPTIONS -ffp-contract=fast -fno-math-errno)  # plug-ins share these
 if(KVREPLAY_NATIVE)
-  target_compile_options(kvreplay_flags INTERFACE -march=native)
+  list(APPEND KVREPLAY_CODE_OPTIONS -march=native)
 endif()
 if(KVREPLAY_SANITIZE)
-  target_compile_options(kvreplay_flags INTERFACE -fsanitize=${KVREPLAY_SANITIZE} -fno-omit-frame-pointer
-                                                  -fno-sanitize-recover=all)
+  list(APPEND KVREPLAY_CODE_OPTIONS -fsanitize=${KVREPLAY_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+endif()
+target_compile_options(kvreplay_flags INTERFACE $<$<CONFIG:Release>:-O3> ${KVREPLAY_CODE_OPTIONS})
+if(KVREPLAY_SANITIZE)
   target_link_options(kvreplay_flags INTERFACE -fsanitize=${KVREPLAY_SANITIZE})
 endif()
 

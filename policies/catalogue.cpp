@@ -13,7 +13,7 @@ extern const PartInfo full, random, streaming, h2o, tova, snapkv, knorm, keydiff
     longflow, vatp, scissorhands, expected, infinipot, gkv, rkv, scope, lazyeviction, raas, merging, cam, d2o, keepkv,
     lookm, selkv, selkv_score, kvmerger, kvmerger_sets, zsmerge, zsmerge_slots, weightedkv, whitelist, fair,
     surface_logic, headkv, turboquant, polarquant, tada, sals_score, sals_store, atoms, linear, clusters, grkv,
-    match_keys, matching, sample, inverse_chance;
+    match_keys, matching, sample, inverse_chance, d2o_layers, zigzag;
 
 namespace {
 
@@ -61,6 +61,8 @@ constexpr const PartInfo* kParts[] = {
     &fair,
     &surface_logic,
     &headkv,
+    &d2o_layers,
+    &zigzag,
     // rewrite
     &kivi,
     &keepkv,
@@ -141,8 +143,10 @@ constexpr Preset kPresets[] = {
      "the paper selects as PyramidInfer does and says that any selection will do; the rest as the parts say"},
     {"cam-paper", "streaming+cam", "CaM where it was shown: on sinks and a window, token by token",
      "ICML 2024, openreview.net/forum?id=LCTmppB165", "as the parts say"},
-    {"d2o-paper", "h2o:sink=4+d2o", "D2O's token level: heavy hitters with sinks, merging behind a gate",
-     "arXiv:2406.13035", "the prompt is cut at its end, not at the first decode step; the rest as the parts say"},
+    {"d2o-paper", "h2o:sink=4+d2o_layers+d2o",
+     "D2O: heavy hitters with sinks under budgets by layer, merging behind a gate", "arXiv:2406.13035",
+     "the prompt is cut at its end, not at the first decode step; the rest as the parts say. h2o:sink=4+d2o is its "
+     "token level alone"},
     {"weightedkv-paper", "h2o:window=0,mass=mean+weightedkv",
      "WeightedKV: the token of least mean attention leaves, its value goes to the next", "arXiv:2503.01330",
      "what the paper protects no source read here says: nothing; the rest as the parts say"},
@@ -196,24 +200,6 @@ std::vector<const PartInfo*>& parts() {
   return all;
 }
 
-// Insertions, deletions, substitutions and swaps of neighbours.
-int edit_distance(std::string_view a, std::string_view b) {
-  std::vector<std::vector<int>> d(a.size() + 1, std::vector<int>(b.size() + 1));
-  for (std::size_t i = 0; i <= a.size(); ++i) {
-    for (std::size_t j = 0; j <= b.size(); ++j) {
-      if (i == 0 || j == 0) {
-        d[i][j] = static_cast<int>(i + j);
-        continue;
-      }
-      d[i][j] = std::min({d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
-      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) {
-        d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
-      }
-    }
-  }
-  return d[a.size()][b.size()];
-}
-
 }  // namespace
 
 std::span<const PartInfo* const> all_parts() { return parts(); }
@@ -241,13 +227,6 @@ void add_part(const PartInfo& part) {
 const Preset* find_preset(std::string_view name) {
   const auto it = std::find_if(std::begin(kPresets), std::end(kPresets), [&](auto& p) { return p.name == name; });
   return it == std::end(kPresets) ? nullptr : &*it;
-}
-
-std::string nearest(std::string_view name, std::span<const std::string> valid) {
-  const auto it = std::min_element(valid.begin(), valid.end(), [&](const auto& a, const auto& b) {
-    return edit_distance(name, a) < edit_distance(name, b);
-  });
-  return it == valid.end() ? std::string() : *it;
 }
 
 }  // namespace kvreplay

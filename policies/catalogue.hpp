@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "policies/nearest.hpp"  // IWYU pragma: export
 #include "policies/part.hpp"
 
 namespace kvreplay {
@@ -23,8 +24,5 @@ const Preset* find_preset(std::string_view name);
 
 // The keys that every selector takes beside its own: a table over Traits.
 std::span<const ParamInfo> engine_keys();
-
-// The valid name closest to `name`, for error messages.
-std::string nearest(std::string_view name, std::span<const std::string> valid);
 
 }  // namespace kvreplay

@@ -173,7 +173,7 @@ void assign(Phase& phase, const Targets& targets, const Piece& piece, const Tabl
   }
   if (name.empty()) {
     throw ConfigError(
-        "a part of the method has no name; a method is [prefill_select/]select{+part}, for "
+        "a part of the method has no name; a method is [prefill_select[+allocate]/]select{+part}, for "
         "example h2o:window=128");
   }
   const std::size_t slash = name.rfind('/');
@@ -318,8 +318,10 @@ std::vector<std::shared_ptr<void>> configs(const PartUse& use) {
 
 std::vector<const PartUse*> parts_of(const Method& m) {
   std::vector<const PartUse*> parts;
-  if (m.prefill_select) {
-    parts.push_back(&*m.prefill_select);
+  for (const auto* part : {&m.prefill_select, &m.prefill_allocate}) {
+    if (*part) {
+      parts.push_back(&**part);
+    }
   }
   parts.push_back(&m.select);
   for (const auto* part : {&m.read, &m.allocate, &m.rewrite, &m.compensate}) {
@@ -330,6 +332,16 @@ std::vector<const PartUse*> parts_of(const Method& m) {
   return parts;
 }
 
+bool over_sets(const PartUse& allocator) {
+  return allocator.info->allocate(configs(allocator).front().get())->over_sets();
+}
+
+void refuse_one_set(const std::string& label, const PartUse& allocator, const PartUse& select) {
+  throw ConfigError(label + ": allocator " + quoted(allocator.info->name) +
+                    " spreads a budget over the heads of a layer, but with scope=layer " + quoted(select.info->name) +
+                    " keeps one set for all of them; write scope=kv_head or scope=query_head");
+}
+
 void refuse_combinations(const Method& m) {
   const std::string select = quoted(m.select.info->name);
   const bool pinned = m.traits.pool == Pool::decode;
@@ -337,18 +349,20 @@ void refuse_combinations(const Method& m) {
   const auto refuse = [&](const std::string& why) { throw ConfigError(m.label + ": " + why); };
   if (m.allocate) {
     const std::string name = quoted(m.allocate->info->name);
-    const auto allocator = m.allocate->info->allocate(configs(*m.allocate).front().get());
-    const bool over_sets = allocator->over_sets();
+    const bool ranks_tokens = m.allocate->info->allocate(configs(*m.allocate).front().get())->ranks_tokens();
     if (!m.select.info->budgeted(configs(m.select).front().get())) {
       refuse("allocator " + name + " has nothing to spread, because " + select + " has no budget");
     }
-    if (over_sets && m.traits.scope == Scope::layer) {
-      refuse("allocator " + name + " spreads a budget over the heads of a layer, but with scope=layer " + select +
-             " keeps one set for all of them; write scope=kv_head or scope=query_head");
+    if (over_sets(*m.allocate) && m.traits.scope == Scope::layer) {
+      refuse_one_set(m.label, *m.allocate, m.select);
     }
-    if ((over_sets || allocator->ranks_tokens()) && pinned) {
-      refuse("allocator " + name + " spreads a budget by the prompt's scores, but the prompt is pinned; " + unpin);
+    if ((over_sets(*m.allocate) || ranks_tokens) && pinned) {
+      refuse("allocator " + name + " spreads a budget by the prompt's scores, but the prompt is pinned; " +
+             (m.prefill_select ? "write it before the '/'" : unpin));
     }
+  }
+  if (m.prefill_allocate && over_sets(*m.prefill_allocate) && m.prefill_traits.scope == Scope::layer) {
+    refuse_one_set(m.label, *m.prefill_allocate, *m.prefill_select);
   }
   if (m.read && pinned) {
     refuse("reader " + quoted(m.read->info->name) + " chooses among all resident tokens, but the prompt is pinned; " +
@@ -360,6 +374,10 @@ void refuse_combinations(const Method& m) {
              " joins the KV heads of a layer, so they need one set; write scope=layer at " + select);
     }
   }
+  if (m.prefill_select && m.prefill_traits.scope == Scope::query_head && m.traits.scope != Scope::query_head) {
+    refuse("with scope=query_head before the '/' every query head keeps its own prompt; write scope=query_head at " +
+           select + " too");
+  }
   if (pinned && m.traits.decode == Decode::grow) {
     refuse("with pool=decode and decode=grow nothing would ever be evicted; write decode=evict");
   }
@@ -370,9 +388,9 @@ Method build(const std::string& label, Phase& phase, Phase* prefill, const Budge
   m.label = label;
   m.prefill_budget = prompt_budget;
   m.preset = phase.preset;
-  const auto take = [&](Role role) {
+  const auto take = [](Phase& from, Role role) {
     std::optional<PartUse> use;
-    if (const auto it = phase.parts.find(role); it != phase.parts.end()) {
+    if (const auto it = from.parts.find(role); it != from.parts.end()) {
       use = std::move(it->second);
     }
     if (use && use->info->is_default) {
@@ -383,11 +401,11 @@ Method build(const std::string& label, Phase& phase, Phase* prefill, const Budge
     }
     return use;
   };
-  m.select = *take(Role::select);
-  m.read = take(Role::read);
-  m.allocate = take(Role::allocate);
-  m.rewrite = take(Role::rewrite);
-  m.compensate = take(Role::compensate);
+  m.select = *take(phase, Role::select);
+  m.read = take(phase, Role::read);
+  m.allocate = take(phase, Role::allocate);
+  m.rewrite = take(phase, Role::rewrite);
+  m.compensate = take(phase, Role::compensate);
 
   Traits defaults = m.select.info->traits(configs(m.select).front().get());
   if (prefill != nullptr) {
@@ -403,8 +421,8 @@ Method build(const std::string& label, Phase& phase, Phase* prefill, const Budge
   }
 
   if (prefill != nullptr) {
-    m.prefill_select = std::move(prefill->parts.at(Role::select));
-    tidy(*m.prefill_select);
+    m.prefill_select = take(*prefill, Role::select);
+    m.prefill_allocate = take(*prefill, Role::allocate);
     const auto config = configs(*m.prefill_select).front();
     const Traits prefill_defaults = m.prefill_select->info->traits(config.get());
     if (prefill_defaults.pool == Pool::decode || !m.prefill_select->info->budgeted(config.get())) {
@@ -424,7 +442,8 @@ Method build(const std::string& label, Phase& phase, Phase* prefill, const Budge
     if (m.prefill_budget.unit != Budget::Unit::none) {
       more.push_back("budget=" + budget_text(m.prefill_budget));
     }
-    m.name = part_text(*m.prefill_select, more) + "/";
+    m.name = part_text(*m.prefill_select, more);
+    m.name += (m.prefill_allocate ? "+" + part_text(*m.prefill_allocate, {}) : "") + "/";
   }
   m.name += part_text(m.select, engine_text(defaults, m.traits));
   for (const auto* part : {&m.read, &m.allocate, &m.rewrite, &m.compensate}) {
@@ -438,22 +457,19 @@ Method build(const std::string& label, Phase& phase, Phase* prefill, const Budge
 // Takes "budget=..." out of the prefill selector's text, which alone has that key.
 Budget take_budget(std::string& phase) {
   Budget budget;
-  const std::size_t colon = phase.find(':');
-  if (colon == std::string::npos) {
-    return budget;
-  }
-  const Piece piece = split_piece(phase);
-  std::string rest;
-  for (const auto& [key, value] : piece.settings) {
-    if (key != "budget") {
-      rest += (rest.empty() ? ":" : ",") + key + "=" + value;
-    } else if (budget.unit != Budget::Unit::none) {
-      throw ConfigError(piece.name + ": 'budget' is given twice");
-    } else {
-      budget = Budget::parse(value);
+  const std::string first = split_parts(phase).front();
+  Piece piece = split_piece(first);
+  std::erase_if(piece.settings, [&](const auto& setting) {
+    if (setting.first != "budget") {
+      return false;
     }
-  }
-  phase = piece.name + rest;
+    if (budget.unit != Budget::Unit::none) {
+      throw ConfigError(piece.name + ": 'budget' is given twice");
+    }
+    budget = Budget::parse(setting.second);
+    return true;
+  });
+  phase = text_of(piece) + phase.substr(first.size());
   return budget;
 }
 
@@ -557,7 +573,8 @@ std::vector<const PartUse*> Method::parts() const { return parts_of(*this); }
 
 void Method::check(int budget, int prompt_budget) const {
   for (const PartUse* part : parts_of(*this)) {
-    const bool cuts_prompt = prefill_select && part == &*prefill_select;
+    const bool cuts_prompt =
+        (prefill_select && part == &*prefill_select) || (prefill_allocate && part == &*prefill_allocate);
     const int own = cuts_prompt && prompt_budget > 0 ? prompt_budget : budget;
     const auto all = configs(*part);
     if (part->info->role == Role::select && part->info->budgeted(all.front().get())) {
@@ -585,8 +602,12 @@ Method parse_method(const std::string& text, const TableReader& read_table) {
     prompt_budget = take_budget(texts[0]);
     prefill.emplace();
     read_phase(*prefill, texts[0], read_table);
-    if (prefill->parts.size() != 1) {
-      throw ConfigError(label + ": only a selector can stand before the '/', no other part");
+    for (const auto& [role, use] : prefill->parts) {
+      if (role != Role::select && role != Role::allocate) {
+        throw ConfigError(label + ": " + role_name(role) + " " + quoted(use.info->name) +
+                          " cannot stand before the '/', where a selector cuts the prompt and an allocator may divide "
+                          "its budget");
+      }
     }
   }
   Phase phase;

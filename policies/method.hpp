@@ -1,6 +1,6 @@
 // A method as text and as resolved parts.
 //
-//   method = [prefill_select "/"] select {"+" part},  part = name[":" key=value {"," key=value}]
+//   method = [prefill_select ["+" allocate] "/"] select {"+" part},  part = name[":" key=value {"," key=value}]
 //
 // "+" separates only before a letter, "/" only before the name of a selector or preset. Any number may be
 // "@file.json": one value per layer, or per layer and KV head. Names of papers are presets that expand to such a text.

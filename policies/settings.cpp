@@ -29,11 +29,10 @@ std::vector<const PartInfo*> parts_named(const std::string& name) {
 
 // The part as the method resolved it; nullptr if it stands for what happens anyway.
 const PartUse* use_of(const Method& m, const PartInfo* part, bool prefill) {
-  if (prefill) {
-    return &*m.prefill_select;
-  }
   for (const PartUse* use : m.parts()) {
-    if (use->info == part && !(m.prefill_select && use == &*m.prefill_select)) {
+    const bool of_prompt =
+        (m.prefill_select && use == &*m.prefill_select) || (m.prefill_allocate && use == &*m.prefill_allocate);
+    if (use->info == part && of_prompt == prefill) {
       return use;
     }
   }
@@ -63,10 +62,11 @@ void name_apart(std::vector<MethodParam>& params) {
     const bool both_phases = std::any_of(params.begin(), params.end(), [&](const MethodParam& o) {
       return o.param->name == p.param->name && o.prefill != p.prefill;
     });
-    if (p.prefill && both_phases) {
-      p.name = "prefill." + std::string(p.param->name);
-    } else if (clashes > 1) {
+    if (clashes > 1) {
       p.name = long_name(p);
+    }
+    if (p.prefill && both_phases) {
+      p.name = "prefill." + p.name;
     }
   }
 }

@@ -14,7 +14,7 @@ struct MethodParam {
   const PartInfo* part = nullptr;
   const ParamInfo* param = nullptr;
   bool engine = false;   // an engine key of the selector
-  bool prefill = false;  // of the selector before the "/"
+  bool prefill = false;  // of what is before the "/"
   ParamValue value;
   bool table = false;                // the method has a table instead of one value
   std::size_t phase = 0, piece = 0;  // where in the text
@@ -24,7 +24,7 @@ struct MethodParam {
 // parse_method.
 std::vector<MethodParam> params_of(const std::string& method, const TableReader& read_table = {});
 
-// By KEY, PART.KEY or prefill.KEY; a key of both selectors means that of the decode tokens. ConfigError names the
+// By KEY, PART.KEY or prefill.KEY; a key of both halves means that of the decode tokens. ConfigError names the
 // nearest, or what to write where several parts have it.
 const MethodParam& param_named(const std::vector<MethodParam>& params, const std::string& method,
                                const std::string& name);

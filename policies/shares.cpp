@@ -56,4 +56,19 @@ int room(const Allocator::Layers& l) {
   return std::max(l.budget, l.budget <= l.prompt_len ? l.prompt_len : l.n_tokens);
 }
 
+std::vector<int> split_over_layers(const Allocator::Layers& l, std::span<const double> weights) {
+  const auto n = l.index.size();
+  if (l.budget >= l.n_tokens) {
+    return std::vector<int>(n, l.budget);  // nobody has to do without
+  }
+  std::vector<int> budgets = split(static_cast<int>(n) * l.budget, weights, std::vector<int>(n, room(l)));
+  for (int& b : budgets) {
+    if (b == 0) {
+      --*std::max_element(budgets.begin(), budgets.end());
+      b = 1;
+    }
+  }
+  return budgets;
+}
+
 }  // namespace kvreplay

@@ -17,4 +17,7 @@ std::vector<int> split(int total, std::span<const double> weights, std::span<con
 // What no head can use more of: the prompt, as long as the budget itself is within it.
 int room(const Allocator::Layers&);
 
+// The run's total over its layers in proportion to weights: none gets more than room(), each at least 1.
+std::vector<int> split_over_layers(const Allocator::Layers&, std::span<const double> weights);
+
 }  // namespace kvreplay

@@ -56,8 +56,10 @@ Layer load_layer(const TraceReader& trace, int number, const LoadOptions& option
   for (int h = 0; h < l.n_kv_heads; ++h) {
     MatF& k = l.k.emplace_back(l.n_tokens, l.head_dim);
     trace.read_k(number, h, 0, l.n_tokens, values(k));
-    MatF& v = l.v.emplace_back(l.n_tokens, l.v_head_dim);
-    trace.read_v(number, h, 0, l.n_tokens, values(v));
+    if (options.values) {
+      MatF& v = l.v.emplace_back(l.n_tokens, l.v_head_dim);
+      trace.read_v(number, h, 0, l.n_tokens, values(v));
+    }
     MatF& q = l.q.emplace_back(n_queries * l.group_size, l.head_dim);
     for (int g = 0; g < l.group_size; ++g) {
       trace.read_q(number, h * l.group_size + g, l.first_query, l.n_tokens, values(one));
@@ -77,6 +79,7 @@ Layer load_layer(const TraceReader& trace, int number, const LoadOptions& option
       per_head.back().resize(std::size_t(l.n_tokens));
     }
   }
+  trace.check_unchanged();  // nor while it was read
   return l;
 }
 

@@ -11,6 +11,7 @@ struct LoadOptions {
   Pos first_query = 0;              // queries of earlier positions are not read
   std::vector<std::string> scores;  // names of external scores to read
   bool w_o = false;
+  bool values = true;  // false: Layer::v stays empty, which attention weights can do without
 };
 
 // The layer's sliding window where it is shorter than n_tokens, so that the layer cannot be replayed; else 0.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <ctime>
+#include <new>
 
 #include "sim/checkpoints.hpp"
 #include "sim/measure.hpp"
@@ -72,7 +73,7 @@ class Replay {
       block(begin, std::min<int>(options_.block_steps, layer_.n_tokens - begin));
     }
     for (std::size_t j = 0; j < running_.size(); ++j) {
-      finish(j);
+      guarded(j, [&] { finish(j); });
     }
     for (double s : prefill_seconds_) {
       result_.prefill_seconds += s;
@@ -84,16 +85,27 @@ class Replay {
   }
 
  private:
+  // What went wrong, in a sentence; empty if nothing did. Parts may come from outside and throw anything.
   template <class Work>
-  void guarded(std::size_t j, Work work) {
-    if (!result_.cells[j].error.empty()) {
-      return;
-    }
+  static std::string failure_of(Work work) {
     try {
       work();
+      return {};
+    } catch (const std::bad_alloc&) {
+      return "out of memory; lower --memory or replay fewer methods at once";
     } catch (const std::exception& e) {
-#pragma omp critical(kvreplay_cell_error)
-      result_.cells[j].error = e.what();
+      return *e.what() != '\0' ? e.what() : "it failed and did not say why";
+    } catch (...) {
+      return "it failed with something that is no std::exception";
+    }
+  }
+
+  // A cell that failed is left alone from then on, and the others never notice. One task per cell at a time.
+  template <class Work>
+  void guarded(std::size_t j, Work work) {
+    std::string& error = result_.cells[j].error;
+    if (error.empty()) {
+      error = failure_of(work);
     }
   }
 
@@ -200,7 +212,7 @@ class Replay {
           "--compensators none");
     }
     if (m.allocate) {
-      r.allocator = m.allocate->info->allocate(m.allocate->config(layer_.index).get());
+      r.allocator = make_allocator(*m.allocate);
       r.to_allocate = r.allocator->over_sets() && r.job->head_budgets.empty();
     }
     const SetPlan plan{.select = &m.select,
@@ -211,15 +223,8 @@ class Replay {
                        .budget = r.job->budget,
                        .seed = options_.seed,
                        .evicted_at = r.job->evicted_at};
-    const int n = Set::count(layer_, m.traits.scope);
-    for (int i = 0; i < n; ++i) {
-      r.sets.push_back(std::make_unique<Set>(shared_, plan, i));
-      if (!r.job->head_budgets.empty()) {
-        Set& set = *r.sets.back();
-        set.budget = std::max(1, r.job->head_budgets[std::size_t(set.lanes[0].kv_head)]);
-      }
-    }
-    r.seconds.assign(std::size_t(n), 0);
+    r.sets = make_sets(plan, r.job->head_budgets);
+    r.seconds.assign(r.sets.size(), 0);
     add_series(cell, layer_, options_, m.traits.scope == Scope::query_head ? layer_.n_heads : layer_.n_kv_heads);
     keep_room(cell, m);
     for (const auto& set : r.sets) {
@@ -231,6 +236,21 @@ class Replay {
       r.errors = std::make_unique<HeadErrors>();
       r.errors->corrected.resize(r.compensators.parts.size());
     }
+  }
+
+  std::unique_ptr<Allocator> make_allocator(const PartUse& use) const {
+    return use.info->allocate(use.config(layer_.index).get());
+  }
+
+  std::vector<std::unique_ptr<Set>> make_sets(const SetPlan& plan, const std::vector<int>& head_budgets) {
+    std::vector<std::unique_ptr<Set>> sets;
+    for (int i = 0; i < Set::count(layer_, plan.traits.scope); ++i) {
+      Set& set = *sets.emplace_back(std::make_unique<Set>(shared_, plan, i));
+      if (!head_budgets.empty()) {
+        set.budget = std::max(1, head_budgets[std::size_t(set.lanes[0].kv_head)]);
+      }
+    }
+    return sets;
   }
 
   // Room for what is kept beyond the series.
@@ -249,26 +269,48 @@ class Replay {
     if (!r.to_allocate || scores[0].empty()) {
       return;
     }
-    const std::vector<int> budgets = r.allocator->assign(scores, r.job->budget);
-    for (std::size_t i = 0; i < r.sets.size(); ++i) {
-      r.sets[i]->budget = std::max(1, budgets[i]);
-    }
+    assign(*r.allocator, scores, r.job->budget, r.sets);
     r.to_allocate = false;
+  }
+
+  static void assign(const Allocator& allocator, const std::vector<std::vector<float>>& scores, int mean_budget,
+                     std::span<const std::unique_ptr<Set>> sets) {
+    const std::vector<int> budgets = allocator.assign(scores, mean_budget);
+    for (std::size_t i = 0; i < sets.size(); ++i) {
+      sets[i]->budget = std::max(1, budgets[i]);
+    }
+  }
+
+  // Tokens per set that the selector before the "/" keeps, mean over the layer.
+  int prompt_budget(const Job& job) const {
+    const Budget& own = job.method->prefill_budget;
+    if (job.prompt_budget > 0 || own.unit == Budget::Unit::none) {
+      return job.prompt_budget > 0 ? job.prompt_budget : job.budget;
+    }
+    const int sets_per_kv_head = job.method->prefill_traits.scope == Scope::query_head ? layer_.group_size : 1;
+    return own.tokens(layer_.prompt_len, layer_.slot_bytes(), {}, sets_per_kv_head);
   }
 
   void cut_prompt(Running& r) {
     const Method& m = *r.job->method;
-    const int budget = m.prefill_budget.unit == Budget::Unit::none
-                           ? r.job->budget
-                           : m.prefill_budget.tokens(layer_.prompt_len, layer_.slot_bytes(), {},
-                                                     sets_per_kv_head(m.prefill_traits.scope));
-    const SetPlan plan{
-        .select = &*m.prefill_select, .traits = m.prefill_traits, .budget = budget, .seed = options_.seed};
-    std::vector<float> scores;
-    for (int i = 0; i < Set::count(layer_, m.prefill_traits.scope); ++i) {
-      Set cut(shared_, plan, i);
-      cut.prefill_scores(scores);
-      cut.prefill_evict(scores);
+    const std::vector<int>& head_budgets = r.job->prompt_head_budgets;
+    const auto allocator = m.prefill_allocate ? make_allocator(*m.prefill_allocate) : nullptr;
+    const SetPlan plan{.select = &*m.prefill_select,
+                       .allocate = allocator.get(),
+                       .traits = m.prefill_traits,
+                       .budget = prompt_budget(*r.job),
+                       .seed = options_.seed};
+    const auto cuts = make_sets(plan, head_budgets);
+    std::vector<std::vector<float>> scores(cuts.size());
+    for (std::size_t i = 0; i < cuts.size(); ++i) {
+      cuts[i]->prefill_scores(scores[i]);
+    }
+    if (allocator && allocator->over_sets() && head_budgets.empty() && !scores[0].empty()) {
+      assign(*allocator, scores, plan.budget, cuts);
+    }
+    for (std::size_t i = 0; i < cuts.size(); ++i) {
+      Set& cut = *cuts[i];
+      cut.prefill_evict(scores[i]);
       const std::vector<Pos> kept(cut.positions().begin(), cut.positions().end());
       for (const auto& set : r.sets) {
         for (int lane = 0; lane < set->n_lanes; ++lane) {
@@ -324,6 +366,9 @@ class Replay {
     std::vector<Task> tasks;
     for (std::size_t j = 0; j < running_.size(); ++j) {
       Running& r = running_[j];
+      if (!result_.cells[j].error.empty()) {
+        continue;
+      }
       if (r.errors) {
         begin_errors(*r.errors, steps);
       }
@@ -335,11 +380,19 @@ class Replay {
         }
       }
     }
+    std::vector<std::string> errors(tasks.size());  // one for each task, so that the same set speaks on any thread
     parallel(int(tasks.size()), options_.threads, [&](int t) {
       const std::size_t j = tasks[std::size_t(t)].job;
       const int i = tasks[std::size_t(t)].set;
-      guarded(j, [&] { i < 0 ? step_together(running_[j], steps) : step_alone(running_[j], std::size_t(i), steps); });
+      errors[std::size_t(t)] = failure_of(
+          [&] { i < 0 ? step_together(running_[j], steps) : step_alone(running_[j], std::size_t(i), steps); });
     });
+    for (std::size_t t = 0; t < tasks.size(); ++t) {
+      std::string& error = result_.cells[tasks[t].job].error;
+      if (error.empty()) {
+        error = std::move(errors[t]);
+      }
+    }
     if (layer_.w_o.size() > 0) {
       parallel(int(running_.size()), options_.threads,
                [&](int j) { guarded(std::size_t(j), [&] { project(std::size_t(j), begin, steps); }); });
@@ -462,9 +515,6 @@ class Replay {
   void finish(std::size_t j) {
     Running& r = running_[j];
     CellResult& cell = result_.cells[j];
-    if (!cell.error.empty()) {
-      return;
-    }
     if (r.job->method->traits.scope == Scope::query_head) {
       fold_query_heads(cell, layer_);
     }
@@ -488,8 +538,6 @@ class Replay {
       cell.seconds += s;
     }
   }
-
-  int sets_per_kv_head(Scope scope) const { return scope == Scope::query_head ? layer_.group_size : 1; }
 
   const Layer& layer_;
   const ReplayOptions& options_;

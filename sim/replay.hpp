@@ -14,6 +14,9 @@ struct Job {
   const Method* method = nullptr;
   int budget = 1;                      // tokens per set, mean over the layer
   std::vector<int> head_budgets = {};  // per KV head, for each of its sets; empty: all alike, or as their scores say
+  // The same of the selector before the "/"; 0: what the method says, and `budget` where it says nothing.
+  int prompt_budget = 0;
+  std::vector<int> prompt_head_budgets = {};
   // Recorded evictions for `given:evicted_at`, per set (n_tokens).
   const std::vector<std::vector<std::int32_t>>* evicted_at = nullptr;
 };

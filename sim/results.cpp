@@ -1,14 +1,12 @@
 #include "sim/results.hpp"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "policies/errors.hpp"
+#include "sim/whole_file.hpp"
 #include "traces/hdf5.hpp"
 
 namespace kvreplay {
@@ -16,6 +14,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr const char* kResults = "results.h5";
+constexpr const char* kSummary = "summary.csv";
+constexpr const char* kRun = "run.json";
 constexpr const char* kHeader =
     "trace,layer,kv_head,q_head,method,label,budget,compensator,foresight,metric,n,n_skipped,mean,std,p50,p90,p99,"
     "max\n";
@@ -130,31 +131,10 @@ std::string csv_field(const std::string& text) {
   return quoted + "\"";
 }
 
-void write_whole(const fs::path& path, const std::string& text) {
-  const fs::path part = path.string() + ".part";
-  const auto fail = [&](const char* what) {
-    const std::string why = std::strerror(errno);
-    ::unlink(part.c_str());
-    throw std::runtime_error(path.string() + ": cannot " + what + ": " + why);
-  };
-  const int fd = ::open(part.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
-  if (fd < 0) {
-    fail("create");
-  }
-  for (std::size_t done = 0; done < text.size();) {
-    const ssize_t n = ::write(fd, text.data() + done, text.size() - done);
-    if (n < 0) {
-      ::close(fd);
-      fail("write");
-    }
-    done += std::size_t(n);
-  }
-  if (::fsync(fd) != 0 || ::close(fd) != 0) {
-    fail("write");
-  }
-  if (::rename(part.c_str(), path.c_str()) != 0) {
-    fail("rename");
-  }
+void write_whole(const fs::path& path, const std::string& text, const fs::path& temporary) {
+  WholeFile file(path, temporary);
+  file.add(text);
+  file.publish();
 }
 
 struct ResultsWriter::Storage {
@@ -164,7 +144,7 @@ struct ResultsWriter::Storage {
 };
 
 ResultsWriter::ResultsWriter(const fs::path& folder, Detail detail) : folder_(folder), detail_(detail) {
-  hdf5::File file = hdf5::File::create(folder / "results.h5");
+  hdf5::File file = hdf5::File::create(folder / kResults);
   hdf5::Group blocks = file.root().create_group("blocks");
   storage_ = std::make_unique<Storage>(Storage{std::move(file), std::move(blocks)});
   summary_ = kHeader;
@@ -302,12 +282,20 @@ void ResultsWriter::publish(const std::string& run_json) {
   storage_->file.root().set("format", "kvreplay-results");
   storage_->file.root().set("format_version", "1.0");
   storage_->file.root().set("block_steps", kBlockSteps);
-  std::error_code ignored;
-  fs::remove(folder_ / "run.json", ignored);  // with --force: an old one must not describe new tables
-  storage_->file.publish();
+  // All three are on the disk before the first of older results goes: a disk that is full costs nothing.
+  storage_->file.close();
+  const fs::path results = folder_ / kResults;
+  hdf5::sync(hdf5::File::part_of(results));
+  WholeFile summary(folder_ / kSummary), run(folder_ / kRun);
+  summary.add(summary_);
+  summary.settle();
+  run.add(run_json);
+  run.settle();
+  fs::remove(folder_ / kRun);  // with --force: an old one must not describe new tables
+  fs::rename(hdf5::File::part_of(results), results);
   storage_->published = true;
-  write_whole(folder_ / "summary.csv", summary_);
-  write_whole(folder_ / "run.json", run_json);
+  summary.publish();
+  run.publish();
 }
 
 }  // namespace kvreplay

@@ -61,7 +61,8 @@ class ResultsWriter {
 void refuse_used_folder(const std::filesystem::path& out, bool force);
 // "a,b" -> "\"a,b\"" where RFC 4180 asks for it.
 std::string csv_field(const std::string& text);
-// A file that appears under its final name whole or not at all.
-void write_whole(const std::filesystem::path&, const std::string& text);
+// A file that appears under its final name whole or not at all; `part`: the temporary name, where several processes may
+// write the file.
+void write_whole(const std::filesystem::path&, const std::string& text, const std::filesystem::path& part = {});
 
 }  // namespace kvreplay

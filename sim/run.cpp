@@ -15,6 +15,8 @@
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
 #include "sim/load.hpp"
+#include "sim/measure_layers.hpp"
+#include "sim/plugins.hpp"
 #include "sim/set.hpp"
 #include "sim/version.hpp"
 #include "traces/hash.hpp"
@@ -49,6 +51,7 @@ struct Input {
   Pos prompt_len = 0, n_tokens = 0;  // n_tokens: of the trace's tokens the first so many
   std::vector<int> layers;
   std::vector<std::pair<int, std::string>> skipped;  // layer, reason
+  std::map<std::string, MatD> measured;              // by allocator's text: (layers, numbers) Allocator::measure
 
   int n_steps() const { return n_tokens - prompt_len; }
 };
@@ -63,12 +66,28 @@ class Run {
  public:
   explicit Run(const RunRequest& request) : request_(request), start_(std::chrono::steady_clock::now()) {}
 
-  RunOutcome operator()() {
-    started_ = utc_now();
+  // Up to where something would be written or replayed; false where it was stopped.
+  bool check() {
     parse();
     open_traces();
-    check_everything();
+    check_needs();
     check_memory();
+    if (!request_.out.empty()) {
+      refuse_used_folder(request_.out, request_.force);  // rather than after the layers were measured
+    }
+    if (!measure_layers()) {
+      return false;
+    }
+    check_budgets();
+    return true;
+  }
+
+  RunOutcome operator()() {
+    started_ = utc_now();
+    if (!check()) {
+      outcome_.interrupted = true;
+      return outcome_;
+    }
     if (!request_.out.empty()) {
       prepare_folder();
       writer_.emplace(request_.out, request_.detail);
@@ -104,7 +123,7 @@ class Run {
     }
     budgets_ = request_.budgets;
     for (const std::string& text : request_.compensators) {
-      compensators_.push_back(parse_part(text, Role::compensate, read_value_table));
+      compensators_.push_back(parse_part(text, Role::compensate, read_table));
       if (compensators_.back().info->is_default) {  // nothing to measure
         compensators_.pop_back();
         continue;
@@ -139,8 +158,12 @@ class Run {
     }
     std::set<std::string> stems;
     for (const fs::path& path : request_.traces) {
-      Input input{
-          .reader = TraceReader(path), .prompt_len = request_.prompt_len, .n_tokens = 0, .layers = {}, .skipped = {}};
+      Input input{.reader = TraceReader(path),
+                  .prompt_len = request_.prompt_len,
+                  .n_tokens = 0,
+                  .layers = {},
+                  .skipped = {},
+                  .measured = {}};
       const TraceInfo& info = input.reader.info();
       if (!stems.insert(info.stem).second) {
         throw ConfigError("two traces of this run are called '" + info.stem + "'; rename one, results name them so");
@@ -197,8 +220,8 @@ class Run {
     }
   }
 
-  // What the methods need of a trace, and whether budgets fit: before anything runs.
-  void check_everything() {
+  // What the methods need of a trace: before anything is measured or runs.
+  void check_needs() const {
     for (const auto& input : inputs_) {
       const TraceInfo& info = input->reader.info();
       if (info.logit_softcap > 0 && request_.compensators_given && !compensators_.empty()) {
@@ -209,7 +232,6 @@ class Run {
       for (const PartUse& c : compensators_) {
         check_tables(*input, c, Scope::kv_head);
       }
-      std::vector<Column> fit;
       for (const Column& c : columns_) {
         const Method& m = *c.method;
         const Needs needs = m.needs(compensators_);
@@ -243,15 +265,81 @@ class Run {
                             " has a compensator in closed form, which does not hold under the model's logit soft-cap");
         }
         for (const PartUse* part : m.parts()) {
-          check_tables(*input, *part, m.traits.scope);
-        }
-        if (fits(*input, c)) {
-          fit.push_back(c);
+          const bool cuts_prompt =
+              (m.prefill_select && part == &*m.prefill_select) || (m.prefill_allocate && part == &*m.prefill_allocate);
+          check_tables(*input, *part, cuts_prompt ? m.prefill_traits.scope : m.traits.scope);
         }
         for (int layer : needs.evicted_at.empty() ? std::vector<int>{} : input->layers) {
           read_evicted_at(*input, m, needs.evicted_at, layer);
         }
       }
+    }
+  }
+
+  // What allocators measure in every layer over which they divide; false: stopped.
+  bool measure_layers() {
+    for (const auto& input : inputs_) {
+      std::map<std::string, const PartUse*> allocators;  // that measure, by their text
+      for (const Column& c : columns_) {
+        for (const auto* part : {&c.method->prefill_allocate, &c.method->allocate}) {
+          if (*part && allocator_of(*input, **part)->measures()) {
+            allocators.emplace(canonical(**part), &**part);
+          }
+        }
+      }
+      for (std::size_t l = 0; l < input->layers.size() && !allocators.empty(); ++l) {
+        if (request_.stop && request_.stop->load()) {
+          return false;
+        }
+        measure(*input, l, allocators);
+      }
+    }
+    return true;
+  }
+
+  void measure(Input& input, std::size_t l, const std::map<std::string, const PartUse*>& allocators) const {
+    const TraceInfo& info = input.reader.info();
+    const int layer = input.layers[l];
+    std::vector<std::string> texts;
+    std::vector<const PartUse*> unknown;
+    std::map<std::string, std::vector<double>> numbers;
+    for (const auto& [text, use] : allocators) {
+      std::vector<double> known;
+      if (request_.measured) {
+        known = request_.measured(info.path, layer, text);
+      }
+      if (known.empty()) {
+        texts.push_back(text);
+        unknown.push_back(use);
+      } else {
+        numbers[text] = known;
+      }
+    }
+    if (!unknown.empty()) {
+      if (request_.progress) {
+        request_.progress(0, 1, fmt::format("{} layer {}, measured for allocators", info.stem, layer));
+      }
+      const auto found = measure_layer(input.reader, layer, input.prompt_len, unknown, request_.threads);
+      for (std::size_t i = 0; i < found.size(); ++i) {
+        numbers[texts[i]] = found[i];
+      }
+    }
+    for (const auto& [text, row] : numbers) {
+      MatD& all = input.measured[text];
+      if (l == 0) {
+        all.resize(std::ssize(input.layers), std::ssize(row));
+      }
+      KVREPLAY_CHECK(std::ssize(row) == all.cols());
+      all.row(Eigen::Index(l)) = Eigen::Map<const Eigen::RowVectorXd>(row.data(), all.cols());
+    }
+  }
+
+  // Whether budgets fit: before anything runs.
+  void check_budgets() {
+    for (const auto& input : inputs_) {
+      std::vector<Column> fit;
+      std::copy_if(columns_.begin(), columns_.end(), std::back_inserter(fit),
+                   [&](const Column& c) { return fits(*input, c); });
       columns_ = std::move(fit);
     }
     if (columns_.empty()) {
@@ -263,13 +351,12 @@ class Run {
   bool fits(const Input& input, const Column& c) {
     const Method& m = *c.method;
     try {
-      for (const int budget : layer_budgets(input, c)) {
-        m.check(budget, m.prefill_budget.unit == Budget::Unit::none
-                            ? 0
-                            : tokens(input, m, m.prefill_budget, m.prefill_traits.scope));
-        if (m.allocate) {
-          allocator_of(input, m)->check_spans(spans_of(input), input.prompt_len, budget);
-        }
+      const Shares whole = shares(input, m.allocate, asked_budget(input, c)),
+                   prompt = shares(input, m.prefill_allocate, asked_prompt_budget(input, c));
+      for (std::size_t l = 0; l < input.layers.size(); ++l) {
+        m.check(whole.layers[l], m.prefill_select ? prompt.layers[l] : 0);
+        check_spans(input, m.allocate, whole.layers[l]);
+        check_spans(input, m.prefill_allocate, prompt.layers[l]);
       }
       return true;
     } catch (const ConfigError& e) {
@@ -278,6 +365,12 @@ class Run {
       }
       outcome_.left_out.push_back({m.label, c.budget.text, e.what()});
       return false;
+    }
+  }
+
+  static void check_spans(const Input& input, const std::optional<PartUse>& allocator, int budget) {
+    if (allocator) {
+      allocator_of(input, *allocator)->check_spans(spans_of(input), input.prompt_len, budget);
     }
   }
 
@@ -324,8 +417,8 @@ class Run {
     return budget.tokens(input.prompt_len, slot_bytes(info), state, scope == Scope::query_head ? info.group_size : 1);
   }
 
-  static std::unique_ptr<Allocator> allocator_of(const Input& input, const Method& m) {
-    return m.allocate->info->allocate(m.allocate->config(input.layers[0]).get());
+  static std::unique_ptr<Allocator> allocator_of(const Input& input, const PartUse& use) {
+    return use.info->allocate(use.config(input.layers[0]).get());
   }
 
   static std::vector<TokenSpan> spans_of(const Input& input) {
@@ -336,25 +429,43 @@ class Run {
     return spans;
   }
 
-  // What an allocator divides: `budget` tokens per set in each layer of the trace in the run.
-  static Allocator::Layers to_divide(const Input& input, const Method& m, int budget) {
-    const TraceInfo& info = input.reader.info();
-    return {input.layers, info.n_layers,  input.prompt_len,
-            budget,       input.n_tokens, head_worth(*m.allocate, input.layers, info.n_kv_heads)};
-  }
-
   static int asked_budget(const Input& input, const Column& c) {
     return c.budget.unit == Budget::Unit::none ? input.n_tokens
                                                : tokens(input, *c.method, c.budget, c.method->traits.scope);
   }
 
-  // Tokens per set, mean over a layer's sets, for each layer of the trace in the run.
-  static std::vector<int> layer_budgets(const Input& input, const Column& c) {
-    const int n = asked_budget(input, c);
-    if (!c.method->allocate) {
-      return std::vector<int>(input.layers.size(), n);
+  // Of the selector before the "/"; what a compensator keeps is charged to the other's.
+  static int asked_prompt_budget(const Input& input, const Column& c) {
+    const TraceInfo& info = input.reader.info();
+    const Method& m = *c.method;
+    return m.prefill_budget.unit == Budget::Unit::none
+               ? asked_budget(input, c)
+               : m.prefill_budget.tokens(input.prompt_len, slot_bytes(info), {},
+                                         m.prefill_traits.scope == Scope::query_head ? info.group_size : 1);
+  }
+
+  // A budget of so many tokens per set in each layer of the trace in the run, as an allocator divides it.
+  struct Shares {
+    std::vector<int> layers;              // mean over a layer's sets
+    std::vector<std::vector<int>> heads;  // per layer: of the KV heads; empty: all alike, or as their scores say
+  };
+  static Shares shares(const Input& input, const std::optional<PartUse>& use, int budget) {
+    const std::size_t n = input.layers.size();
+    if (!use) {
+      return {std::vector<int>(n, budget), std::vector<std::vector<int>>(n)};
     }
-    return allocator_of(input, *c.method)->over_layers(to_divide(input, *c.method, n));
+    const auto allocator = allocator_of(input, *use);
+    const TraceInfo& info = input.reader.info();
+    Allocator::Layers all{input.layers, info.n_layers,  input.prompt_len,
+                          budget,       input.n_tokens, head_worth(*use, input.layers, info.n_kv_heads)};
+    if (allocator->measures()) {
+      all.measured = input.measured.at(canonical(*use));
+    }
+    Shares s{allocator->over_layers(all), {}};
+    for (std::size_t l = 0; l < n; ++l) {
+      s.heads.push_back(allocator->over_heads(all, l));
+    }
+    return s;
   }
 
   // Recorded evictions of one layer: (n_sets, tokens of the run). The file has all of the trace's.
@@ -397,7 +508,6 @@ class Run {
   }
 
   void prepare_folder() const {
-    refuse_used_folder(request_.out, request_.force);
     std::error_code error;
     fs::create_directories(request_.out, error);
     if (error) {
@@ -486,10 +596,16 @@ class Run {
       std::vector<std::vector<std::vector<std::int32_t>>> recorded(n);
       for (std::size_t i = 0; i < n; ++i) {
         const Column& c = columns_[first + i];
-        Job job{.method = c.method, .budget = layer_budgets(input, c)[l], .evicted_at = nullptr};
-        if (c.method->allocate) {
-          job.head_budgets =
-              allocator_of(input, *c.method)->over_heads(to_divide(input, *c.method, asked_budget(input, c)), l);
+        const Shares whole = shares(input, c.method->allocate, asked_budget(input, c));
+        Job job{.method = c.method,
+                .budget = whole.layers[l],
+                .head_budgets = whole.heads[l],
+                .prompt_head_budgets = {},
+                .evicted_at = nullptr};
+        if (c.method->prefill_select) {
+          const Shares prompt = shares(input, c.method->prefill_allocate, asked_prompt_budget(input, c));
+          job.prompt_budget = prompt.layers[l];
+          job.prompt_head_budgets = prompt.heads[l];
         }
         if (const std::string path = c.method->needs().evicted_at; !path.empty()) {
           recorded[i] = read_evicted_at(input, *c.method, path, layer);
@@ -510,12 +626,6 @@ class Run {
       for (std::size_t i = 0; i < n; ++i) {
         const Column& c = columns_[first + i];
         const CellResult& cell = result.cells[i];
-        if (!cell.error.empty()) {
-          outcome_.failed.push_back(fmt::format("{}, {}{}: {}", what, c.method->label,
-                                                c.budget.text.empty() ? "" : " at budget " + c.budget.text,
-                                                cell.error));
-          continue;
-        }
         const CellId id{.trace = info.stem,
                         .layer = layer,
                         .method = c.method->name,
@@ -527,6 +637,15 @@ class Run {
                         .prompt_len = input.prompt_len,
                         .n_heads = info.n_heads,
                         .n_kv_heads = info.n_kv_heads};
+        if (!cell.error.empty()) {
+          outcome_.failed.push_back(fmt::format("{}, {}{}: {}", what, c.method->label,
+                                                c.budget.text.empty() ? "" : " at budget " + c.budget.text,
+                                                cell.error));
+          if (request_.cell_failed) {
+            request_.cell_failed(id, cell.error);
+          }
+          continue;
+        }
         ++outcome_.n_cells;
         if (writer_) {
           writer_->add(id, cell, request_.output_steps, info.v_head_dim);
@@ -562,33 +681,18 @@ class Run {
   // How many cells may run beside each other in the memory that the user allows.
   std::size_t cells_that_fit(const Input& input) const {
     const TraceInfo& info = input.reader.info();
-    const double n = input.n_tokens, steps = input.n_steps(), rows = double(kBlockSteps) * info.group_size,
-                 dims = info.head_dim + info.v_head_dim;
-    const double shared =
-        4.0 * info.n_kv_heads *
-        (n * dims + n * info.group_size * info.head_dim + 2 * n * (rows + 32) + 6 * rows * info.v_head_dim);
-    double series = 0;  // numbers per step
-    for (const MetricInfo& i : all_metrics()) {
-      if (!request_.metrics.has(i.metric) || i.at_checkpoints || i.at_end) {
-        continue;
-      }
-      const double heads = i.level == Level::query_head ? info.n_heads
-                           : i.level == Level::kv_head  ? info.n_kv_heads
-                                                        : 1;
-      series += heads * (i.per_compensator ? double(compensators_.size()) : 1);
-    }
-    const double own = 4 * series * steps + 48 * n * info.n_kv_heads + 16.0 * info.n_kv_heads * dims * dims;
-    double memory = double(request_.memory);
-    if (memory == 0) {
-      memory = 0.75 * double(::sysconf(_SC_AVPHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE));
-    }
-    if (memory < shared + own) {
+    const MemoryNeed need =
+        memory_need({input.n_tokens, input.n_steps(), info.n_heads, info.n_kv_heads, info.head_dim, info.v_head_dim},
+                    request_.metrics, compensators_.size());
+    const double memory = memory_allowed(request_.memory);
+    const std::size_t n = need.cells_in(memory);
+    if (n == 0) {
       throw ConfigError(
           fmt::format("{}: one method on one layer needs about {:.0f} KiB, more than the {:.0f} KiB "
                       "allowed; raise --memory",
-                      info.path.string(), (shared + own) / 1024, memory / 1024));
+                      info.path.string(), (need.shared + need.own) / 1024, memory / 1024));
     }
-    return std::size_t(std::max(1.0, std::min((memory - shared) / own, 1e6)));
+    return n;
   }
 
   // The budgets that a method has columns for.
@@ -680,6 +784,14 @@ class Run {
     for (const auto& [name, file] : request_.tables) {
       j["table_files"][name] = file.string();
     }
+    j["plugins"] = json::array();
+    for (const auto& plugin : loaded_plugins()) {
+      json parts = json::array();
+      for (const PartInfo& part : plugin->parts) {
+        parts.push_back(part.name);
+      }
+      j["plugins"].push_back({{"path", plugin->path.string()}, {"sha256", plugin->sha256}, {"parts", parts}});
+    }
     j["budgets"] = budgets_;
     j["compensators"] = json::array();
     j["compensator_tables"] = json::object();
@@ -726,6 +838,33 @@ TableReader table_reader(const std::map<std::string, fs::path>& tables) {
 
 RunOutcome run(const RunRequest& request) { return Run(request)(); }
 
+void check(const RunRequest& request) { Run(request).check(); }
+
+std::size_t MemoryNeed::cells_in(double bytes) const {
+  return bytes < shared + own ? 0 : std::size_t(std::max(1.0, std::min((bytes - shared) / own, 1e6)));
+}
+
+MemoryNeed memory_need(const LayerExtent& e, const MetricSet& metrics, std::size_t n_compensators) {
+  const int group_size = e.n_heads / e.n_kv_heads;
+  const double n = e.n_tokens, steps = e.n_steps, rows = double(kBlockSteps) * group_size,
+               dims = e.head_dim + e.v_head_dim;
+  const double shared =
+      4.0 * e.n_kv_heads * (n * dims + n * group_size * e.head_dim + 2 * n * (rows + 32) + 6 * rows * e.v_head_dim);
+  double series = 0;  // numbers per step
+  for (const MetricInfo& i : all_metrics()) {
+    if (!metrics.has(i.metric) || i.at_checkpoints || i.at_end) {
+      continue;
+    }
+    const double heads = i.level == Level::query_head ? e.n_heads : i.level == Level::kv_head ? e.n_kv_heads : 1;
+    series += heads * (i.per_compensator ? double(n_compensators) : 1);
+  }
+  return {shared, 4 * series * steps + 48 * n * e.n_kv_heads + 16.0 * e.n_kv_heads * dims * dims};
+}
+
+double memory_allowed(std::uint64_t asked) {
+  return asked > 0 ? double(asked) : 0.75 * double(::sysconf(_SC_AVPHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE));
+}
+
 std::uint64_t parse_bytes(const std::string& option, const std::string& text) {
   static constexpr std::pair<std::string_view, double> kUnits[] = {
       {"KiB", 1024.0}, {"MiB", 1048576.0}, {"GiB", 1073741824.0}, {"TiB", 1099511627776.0}, {"B", 1.0}};
@@ -761,7 +900,8 @@ std::vector<int> parse_integers(const std::string& option, const std::string& te
     const std::size_t dash = piece.find('-');
     const int first = number(piece.substr(0, dash));
     const int last = dash == std::string::npos ? first : number(piece.substr(dash + 1));
-    if (last < first || last - first > 1000000) {
+    constexpr std::size_t kMost = 1000000;  // a list of ranges could ask for any amount of memory
+    if (last < first || all.size() + static_cast<std::size_t>(last - first) > kMost) {
       refuse();
     }
     for (int i = first; i <= last; ++i) {

@@ -40,6 +40,7 @@ struct RunRequest {
   std::vector<std::string> argv;
   const std::atomic<bool>* stop = nullptr;
   std::function<void(const CellId&, const CellResult&, const Layer&)> cell;  // sees every finished cell
+  std::function<void(const CellId&, const std::string& why)> cell_failed;    // and every other one
   // After every block: decode steps of one method done, in all, and what is being replayed.
   std::function<void(double done, double total, const std::string& what)> progress;
 };
@@ -57,6 +58,20 @@ struct RunOutcome {
 
 // ConfigError and TraceError before anything is written where the request cannot be met.
 RunOutcome run(const RunRequest&);
+// The same up to where something would be written or replayed.
+void check(const RunRequest&);
+
+// Bytes that replaying a layer takes: shared by the cells beside each other, and of each of them.
+struct MemoryNeed {
+  double shared = 0, own = 0;
+  // How many cells fit beside each other; 0: not even one.
+  std::size_t cells_in(double bytes) const;
+};
+struct LayerExtent {
+  int n_tokens = 0, n_steps = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, v_head_dim = 0;
+};
+MemoryNeed memory_need(const LayerExtent&, const MetricSet&, std::size_t n_compensators);
+double memory_allowed(std::uint64_t asked);  // RunRequest::memory in bytes
 
 // "2GiB" -> bytes; ConfigError.
 std::uint64_t parse_bytes(const std::string& option, const std::string& text);

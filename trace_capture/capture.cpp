@@ -182,6 +182,13 @@ std::string keep_part(TraceWriter& writer, const std::filesystem::path& out, con
     writer.discard();
     return sentence;
   }
+  try {
+    const TraceReader still_readable(writer.part_path());
+  } catch (
+      const TraceError&) {  // a write of its head was torn, as on a full file system that copies what it overwrites
+    return fmt::format("{}; {} was being finished then and cannot be read any more", sentence,
+                       writer.part_path().string());
+  }
   return fmt::format("{}; the first {} tokens are safe in {}, of which 'kvreplay recover {} {}' makes a trace",
                      sentence, writer.n_committed(), writer.part_path().string(), writer.part_path().string(),
                      out.string());

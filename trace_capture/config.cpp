@@ -8,8 +8,8 @@
 #include <cmath>
 #include <string_view>
 
-#include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
+#include "policies/nearest.hpp"
 #include "trace_capture/json.hpp"
 
 namespace kvreplay {

@@ -206,13 +206,15 @@ Recorder::Rates Recorder::rates() const {
   return rates_;
 }
 
-bool Recorder::commit_due() const { return seconds_since(last_commit_) >= options_.commit_seconds; }
+Pos Recorder::n_complete() const { return std::min(n_tokens_, *std::min_element(n_rows_.begin(), n_rows_.end())); }
+
+// The first tokens at once: from then on a killed capture can be recovered.
+bool Recorder::commit_due() const {
+  return seconds_since(last_commit_) >= options_.commit_seconds || (writer_.n_committed() == 0 && n_complete() > 0);
+}
 
 void Recorder::commit() {
-  Pos n = n_tokens_;
-  for (const Pos rows : n_rows_) {
-    n = std::min(n, rows);
-  }
+  const Pos n = n_complete();
   if (n > writer_.n_committed()) {
     writer_.commit(n);
   }

@@ -96,6 +96,7 @@ class Recorder {
   void write_rows(const PacketLayout& layout, std::span<const std::byte> bytes);
   void gather(const Slot& slot, const PacketLayout& joined);  // into joined_
   void commit();                                              // what all layers have
+  Pos n_complete() const;                                     // tokens of which everything is written
   bool commit_due() const;  // is there something to commit, and has commit_seconds passed?
   void rethrow_failure() const;
 

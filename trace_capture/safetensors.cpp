@@ -196,6 +196,13 @@ std::map<std::string, Safetensors::Entry> Safetensors::File::entries() const {
                         shown(std::string_view(by_begin[i]->first))));
     }
   }
+  for (auto& [name, entry] : out) {  // only now: tensors that share bytes would be copied any number of times
+    const Dtype* known = find_dtype(entry.dtype);
+    if (known != nullptr && known->type && entry.begin % known->bytes != 0) {
+      const std::span<const std::byte> source = entry.bytes();
+      entry.aligned.assign(source.begin(), source.end());
+    }
+  }
   return out;
 }
 
@@ -250,10 +257,6 @@ Safetensors::Entry Safetensors::File::entry(const std::string& name, const json&
   }
   out.begin = data_begin + *begin;
   out.end = data_begin + *end;
-  if (known != nullptr && known->type && out.begin % known->bytes != 0) {
-    const std::span<const std::byte> source = out.bytes();
-    out.aligned.assign(source.begin(), source.end());
-  }
   return out;
 }
 

@@ -14,17 +14,13 @@
 #include <numeric>
 #include <system_error>
 
+#include "traces/inflate.hpp"
+#include "traces/limits.hpp"
+
 namespace kvreplay::hdf5 {
 namespace {
 
 static_assert(sizeof(hid_t) == sizeof(std::int64_t));
-
-// Attributes larger than this are not metadata any more; a corrupt size must not become an
-// allocation.
-constexpr std::uint64_t kMaxAttributeBytes = std::uint64_t{64} << 20;
-constexpr std::uint64_t kMaxChunks = std::uint64_t{1} << 22;
-// Deflate cannot shrink data by more than about 1032 times.
-constexpr std::uint64_t kMaxInflation = 1100;
 
 // After a failed flush the library's own clean-up at exit would crash (HDF5 1.10). It has to be told before its first
 // use, hence before main; files are closed by their owners.
@@ -309,7 +305,7 @@ void check_heaps(hid_t object, const std::string& where) {
       std::uint64_t bytes = 0;
       in.seekg(static_cast<std::streamoff>(at + found + 8));
       in.read(reinterpret_cast<char*>(&bytes), sizeof(bytes));
-      bool sound = bytes >= kHeader && bytes <= size - at - found && bytes <= kMaxAttributeBytes;
+      bool sound = bytes >= kHeader && bytes <= size - at - found && bytes <= limits::kMaxAttributeBytes;
       if (sound) {
         std::vector<std::byte> heap(bytes);
         in.seekg(static_cast<std::streamoff>(at + found));
@@ -325,11 +321,68 @@ void check_heaps(hid_t object, const std::string& where) {
   last_checked = number;
 }
 
-// `read(memory_type, buffer)` fills a buffer with n texts; here is what both attributes and
-// datasets do around it.
+std::uint64_t file_bytes(hid_t object, const std::string& where) {
+  const Handle file = handle(where + " has no file", [&] { return H5Iget_file_id(object); });
+  hsize_t bytes = 0;
+  checked(where + ": its file has no size", [&] { return H5Fget_filesize(file.get(), &bytes); });
+  return bytes;
+}
+
+// A column is read whole: `n` values that take `each` bytes of memory must be in proportion to the file.
+void refuse_large_column(std::uint64_t bytes, std::uint64_t n, std::uint64_t each, const std::string& where) {
+  const std::uint64_t most = limits::kColumn.of(bytes);
+  if (n > most / each) {
+    throw StorageError(fmt::format("{} holds {} values of {} bytes; in a file of {} bytes at most {} bytes are allowed",
+                                   where, n, each, bytes, most));
+  }
+}
+
+// Where the library puts texts of variable length, any number of which may stand for the same bytes of the file.
+class TextStore {
+ public:
+  explicit TextStore(std::uint64_t most) : left_(most) {}
+  TextStore(const TextStore&) = delete;
+  TextStore& operator=(const TextStore&) = delete;
+
+  bool exhausted() const { return exhausted_; }
+
+  // Settings for a read that takes its memory here.
+  Handle transfer() {
+    Handle settings = handle("cannot make transfer settings", [] { return H5Pcreate(H5P_DATASET_XFER); });
+    checked("cannot set the memory of texts",
+            [&] { return H5Pset_vlen_mem_manager(settings.get(), give, this, take_back, nullptr); });
+    return settings;
+  }
+
+ private:
+  static void* give(std::size_t bytes, void* self) noexcept {
+    auto& store = *static_cast<TextStore*>(self);
+    if (bytes > store.left_) {
+      store.exhausted_ = true;
+      return nullptr;
+    }
+    store.left_ -= bytes;
+    try {
+      store.texts_.push_back(std::make_unique<char[]>(bytes));
+      return store.texts_.back().get();
+    } catch (const std::bad_alloc&) {
+      return nullptr;
+    }
+  }
+  static void take_back(void*, void*) noexcept {}  // all of it goes with the store
+
+  std::uint64_t left_;
+  bool exhausted_ = false;
+  std::vector<std::unique_ptr<char[]>> texts_;
+};
+
+// `read(memory_type, buffer)` fills a buffer with n texts, with these transfer settings; here is what both attributes
+// and datasets do around it.
 template <typename Read>
-std::vector<std::string> read_texts_with(hid_t object, hid_t file_type, std::uint64_t n, hid_t space,
+std::vector<std::string> read_texts_with(hid_t object, hid_t file_type, std::uint64_t n, hid_t space, hid_t transfer,
                                          const std::string& where, Read&& read) {
+  const std::uint64_t bytes = file_bytes(object, where);
+  refuse_large_column(bytes, n, sizeof(std::string) + sizeof(char*), where);
   std::vector<std::string> texts(n);
   if (checked(where + ": cannot read the text type", [&] { return H5Tis_variable_str(file_type); }) > 0) {
     check_heaps(object, where);
@@ -338,18 +391,20 @@ std::vector<std::string> read_texts_with(hid_t object, hid_t file_type, std::uin
     checked(where + ": cannot set the text type", [&] { return H5Tset_cset(memory.get(), H5Tget_cset(file_type)); });
     std::vector<char*> raw(n, nullptr);
     // The library allocated the strings, also where the copy below fails.
-    const auto reclaim = [&](void*) { H5Dvlen_reclaim(memory.get(), space, H5P_DEFAULT, raw.data()); };
+    const auto reclaim = [&](void*) { H5Dvlen_reclaim(memory.get(), space, transfer, raw.data()); };
     const std::unique_ptr<void, decltype(reclaim)> guard(&raw, reclaim);
     read(memory.get(), static_cast<void*>(raw.data()));
     for (std::uint64_t i = 0; i < n; ++i) {
       texts[i] = raw[i] == nullptr ? "" : raw[i];
+      refuse_large_column(bytes, n, texts[i].size() + 1, where);  // as it would be in the form that we write
     }
     return texts;
   }
   const std::size_t width = H5Tget_size(file_type);
-  if (width == 0 || width > kMaxAttributeBytes || n > (std::uint64_t{4} << 30) / width) {
-    throw StorageError(fmt::format("{}: {} texts of {} bytes are more than this format allows", where, n, width));
+  if (width == 0) {
+    throw StorageError(where + " holds texts of no width");
   }
+  refuse_large_column(bytes, n, width, where);
   std::vector<char> raw(n * width);
   read(file_type, static_cast<void*>(raw.data()));
   for (std::uint64_t i = 0; i < n; ++i) {
@@ -387,10 +442,15 @@ OpenAttribute open_attribute(hid_t object, const std::string& object_where, cons
   a.type = handle(a.where + " has no type", [&] { return H5Aget_type(a.attribute.get()); });
   a.space = handle(a.where + " has no dataspace", [&] { return H5Aget_space(a.attribute.get()); });
   const Shape shape = shape_of_space(a.space.get(), a.where);
-  if (shape.size() > 1 || n_elements(shape) > kMaxAttributeBytes / 8) {
+  if (shape.size() > 1 || n_elements(shape) > limits::kMaxAttributeBytes / 8) {
     throw StorageError(a.where + " has shape " + to_string(shape) + ", but must be one value or a list");
   }
   a.n = n_elements(shape);
+  const std::uint64_t bytes = file_bytes(object, a.where), element = H5Tget_size(a.type.get());
+  if (element == 0 || a.n > bytes / element) {
+    throw StorageError(
+        fmt::format("{} claims {} values of {} bytes in a file of {} bytes", a.where, a.n, element, bytes));
+  }
   return a;
 }
 
@@ -433,19 +493,6 @@ Handle untimed(hid_t kind) {
 }
 
 std::string errno_text() { return std::generic_category().message(errno); }
-
-void sync_path(const std::filesystem::path& path, int flags) {
-  const int fd = ::open(path.c_str(), flags | O_CLOEXEC);
-  if (fd < 0) {
-    throw StorageError(path.string() + ": cannot be opened to flush it (" + errno_text() + ")");
-  }
-  const bool ok = ::fsync(fd) == 0 || errno == EINVAL;  // some file systems cannot sync a folder
-  const std::string reason = ok ? "" : errno_text();
-  ::close(fd);
-  if (!ok) {
-    throw StorageError(path.string() + ": cannot be flushed to disk (" + reason + ")");
-  }
-}
 
 // Files are kept to what every reader since HDF5 1.8 knows, in the form whose metadata carries
 // checksums.
@@ -569,7 +616,7 @@ std::string Object::text(const std::string& name) const {
   if (classify(a.type.get()) != Type::text || a.n != 1) {
     throw StorageError(a.where + " must be one text");
   }
-  return read_texts_with(handle_.get(), a.type.get(), 1, a.space.get(), a.where,
+  return read_texts_with(handle_.get(), a.type.get(), 1, a.space.get(), H5P_DEFAULT, a.where,
                          [&](hid_t memory, void* out) {
                            checked(a.where + " cannot be read",
                                    [&] { return H5Aread(a.attribute.get(), memory, out); });
@@ -684,7 +731,11 @@ Storage Dataset::storage() const {
   const H5D_layout_t layout = H5Pget_layout(creation.get());
   if (layout == H5D_CONTIGUOUS) {
     const haddr_t offset = H5Dget_offset(id);
-    const std::uint64_t bytes = n_elements(dims) * element;
+    const std::uint64_t n = n_elements(dims);
+    if (element != 0 && n > std::numeric_limits<std::uint64_t>::max() / element) {
+      throw StorageError(where_ + " has more bytes than 64 bits can count");
+    }
+    const std::uint64_t bytes = n * element;
     storage.extents.push_back(offset == HADDR_UNDEF ? Extent{} : Extent{offset, bytes});
     return storage;
   }
@@ -722,8 +773,8 @@ Storage Dataset::storage() const {
     grid[d] = dims[d] / chunk[d] + (dims[d] % chunk[d] != 0 ? 1 : 0);
   }
   const std::uint64_t n_chunks = n_elements(grid);
-  if (n_chunks > kMaxChunks) {
-    throw StorageError(fmt::format("{} has {} chunks; at most {} are allowed", where_, n_chunks, kMaxChunks));
+  if (n_chunks > limits::kMaxChunks) {
+    throw StorageError(fmt::format("{} has {} chunks; at most {} are allowed", where_, n_chunks, limits::kMaxChunks));
   }
   storage.extents.resize(n_chunks);
   std::vector<hsize_t> corner(dims.size());
@@ -810,21 +861,56 @@ void Dataset::read(std::span<std::byte> data) const {
   read_block(Shape(dims.size(), 0), dims, data);
 }
 
-namespace {
-
-// The length of a 1-D or scalar dataset, refused where it cannot have so much data: a corrupt or
-// hostile shape must not become an allocation.
-std::uint64_t column_length(hid_t dataset, const Shape& dims, const std::string& where) {
+// What the library is about to read whole must be in proportion to the file and lie in it, and its chunks must inflate
+// to their size and no further: the library would follow a deflated stream to its end, however long it is.
+std::uint64_t Dataset::column_length(std::uint64_t each) const {
+  const hid_t id = handle_.get();
+  const Shape dims = shape();
   if (dims.size() > 1) {
-    throw StorageError(where + " has shape " + to_string(dims) + ", but must be one-dimensional");
+    throw StorageError(where_ + " has shape " + to_string(dims) + ", but must be one-dimensional");
   }
-  const std::uint64_t n = n_elements(dims);
-  const std::uint64_t stored = H5Dget_storage_size(dataset);
-  if (n > 0 && n / kMaxInflation > stored) {
-    throw StorageError(fmt::format("{} claims {} elements but stores {} bytes", where, n, stored));
+  const std::uint64_t n = n_elements(dims), stored = H5Dget_storage_size(id), size = file_bytes(id, where_);
+  if (n > 0 && n / limits::kMaxInflation > stored) {
+    throw StorageError(fmt::format("{} claims {} elements but stores {} bytes", where_, n, stored));
+  }
+  refuse_large_column(size, n, each, where_);
+  const Handle creation = handle(where_ + " has no creation settings", [&] { return H5Dget_create_plist(id); });
+  if (H5Pget_layout(creation.get()) == H5D_COMPACT) {
+    return n;
+  }
+  const Storage stored_as = storage();
+  for (const Extent& extent : stored_as.extents) {
+    if (extent.offset > size || extent.bytes > size - extent.offset) {
+      throw StorageError(fmt::format("{} lies at bytes {} to {} of a file of {} bytes", where_, extent.offset,
+                                     extent.offset + extent.bytes, size));
+    }
+  }
+  if (stored_as.chunk.empty()) {
+    return n;
+  }
+  const Handle type = handle(where_ + " has no type", [&] { return H5Dget_type(id); });
+  const std::size_t element = H5Tget_size(type.get());
+  refuse_large_column(size, n_elements(stored_as.chunk), element, where_ + " has a chunk that");
+  const std::size_t chunk_bytes = n_elements(stored_as.chunk) * element;
+  std::vector<std::byte> deflated, inflated;
+  for (std::size_t i = 0; stored_as.deflate && i < stored_as.extents.size(); ++i) {
+    if (stored_as.extents[i].bytes == 0) {
+      continue;
+    }
+    deflated.resize(stored_as.extents[i].bytes);
+    inflated.resize(chunk_bytes);
+    const hsize_t corner = i * stored_as.chunk[0];
+    std::uint32_t filters = 0;
+    checked(where_ + " cannot be read",
+            [&] { return H5Dread_chunk(id, H5P_DEFAULT, &corner, &filters, deflated.data()); });
+    if (!inflate_exactly(deflated, inflated, Deflated::zlib)) {
+      throw StorageError(fmt::format("{}: a chunk does not inflate to its {} bytes", where_, chunk_bytes));
+    }
   }
   return n;
 }
+
+namespace {
 
 template <typename T>
 std::vector<T> read_column_as(hid_t dataset, std::uint64_t n, hid_t memory, const std::string& where) {
@@ -843,7 +929,7 @@ std::vector<std::int64_t> Dataset::read_integers() const {
   if (!is_integer(kind)) {
     throw StorageError(fmt::format("{} must hold integers, but holds {}", where_, name_of(kind)));
   }
-  const std::uint64_t n = column_length(handle_.get(), shape(), where_);
+  const std::uint64_t n = column_length(sizeof(std::int64_t));
   auto values = read_column_as<std::int64_t>(handle_.get(), n, H5T_NATIVE_INT64, where_);
   refuse_clamped(values, where_);
   return values;
@@ -854,7 +940,7 @@ std::vector<double> Dataset::read_reals() const {
   if (!is_integer(kind) && (kind == Type::text || kind == Type::other)) {
     throw StorageError(fmt::format("{} must hold numbers, but holds {}", where_, name_of(kind)));
   }
-  const std::uint64_t n = column_length(handle_.get(), shape(), where_);
+  const std::uint64_t n = column_length(sizeof(double));
   return read_column_as<double>(handle_.get(), n, H5T_NATIVE_DOUBLE, where_);
 }
 
@@ -864,14 +950,23 @@ std::vector<std::string> Dataset::read_texts() const {
     throw StorageError(where_ + " must hold texts");
   }
   const Handle space = handle(where_ + " has no dataspace", [&] { return H5Dget_space(handle_.get()); });
-  const std::uint64_t n = column_length(handle_.get(), shape(), where_);
+  const std::uint64_t n = column_length(std::max(sizeof(std::string), H5Tget_size(type.get())));
   if (n == 0) {
     return {};
   }
-  return read_texts_with(handle_.get(), type.get(), n, space.get(), where_, [&](hid_t memory, void* out) {
-    checked(where_ + " cannot be read",
-            [&] { return H5Dread(handle_.get(), memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, out); });
-  });
+  const std::uint64_t most = limits::kColumn.of(file_bytes(handle_.get(), where_));
+  TextStore store(most);
+  const Handle transfer = store.transfer();
+  return read_texts_with(
+      handle_.get(), type.get(), n, space.get(), transfer.get(), where_, [&](hid_t memory, void* out) {
+        silence();
+        const herr_t status = H5Dread(handle_.get(), memory, H5S_ALL, H5S_ALL, transfer.get(), out);
+        if (status < 0 && store.exhausted()) {
+          H5Eclear2(H5E_DEFAULT);
+          throw StorageError(fmt::format("{} holds texts of more than {} bytes, which its file may not", where_, most));
+        }
+        checked(where_ + " cannot be read", [&] { return status; });
+      });
 }
 
 std::vector<std::string> Group::children() const {
@@ -1040,12 +1135,16 @@ File File::create(const std::filesystem::path& path, const std::filesystem::path
   const Handle access = file_access();
   const Handle creation = untimed(H5P_FILE_CREATE);
   Handle file;
+  std::error_code ignored;
+  const auto size = [&] {
+    return std::filesystem::exists(part, ignored) ? std::filesystem::file_size(part, ignored) : 0;
+  };
+  const std::uintmax_t before = size();
   try {
     file = handle(part.string() + " cannot be created",
                   [&] { return H5Fcreate(part.c_str(), H5F_ACC_TRUNC, creation.get(), access.get()); });
   } catch (const StorageError&) {
-    std::error_code ignored;
-    if (std::filesystem::is_empty(part, ignored)) {
+    if (before == 0 || size() != before) {  // not somebody else's file that may not be replaced
       std::filesystem::remove(part, ignored);
     }
     throw;
@@ -1098,7 +1197,8 @@ void File::close() {
   }
   checked(path_.string() + " cannot be flushed", [&] { return H5Fflush(handle_.get(), H5F_SCOPE_LOCAL); });
   { const Handle root_handle = std::move(root_.handle_); }
-  const Handle last = std::move(handle_);
+  // The library writes once more here, and what fails now would be a damaged file.
+  checked(path_.string() + " cannot be written", [last = handle_.release()] { return H5Fclose(last); });
 }
 
 void File::publish() {
@@ -1117,15 +1217,28 @@ void File::discard() {
   }
 }
 
+void sync(const std::filesystem::path& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) {
+    throw StorageError(path.string() + ": cannot be opened to flush it (" + errno_text() + ")");
+  }
+  const bool ok = ::fsync(fd) == 0 || errno == EINVAL;  // some file systems cannot sync a folder
+  const std::string reason = ok ? "" : errno_text();
+  ::close(fd);
+  if (!ok) {
+    throw StorageError(path.string() + ": cannot be flushed to disk (" + reason + ")");
+  }
+}
+
 void publish_file(const std::filesystem::path& part, const std::filesystem::path& path) {
-  sync_path(part, O_RDONLY);
+  sync(part);
   std::error_code error;
   std::filesystem::rename(part, path, error);
   if (error) {
     throw StorageError(part.string() + " cannot be renamed to " + path.string() + " (" + error.message() + ")");
   }
   const std::filesystem::path folder = path.parent_path();
-  sync_path(folder.empty() ? "." : folder, O_RDONLY | O_DIRECTORY);
+  sync(folder.empty() ? "." : folder);
 }
 
 }  // namespace kvreplay::hdf5

@@ -60,6 +60,7 @@ class Handle {
   }
   ~Handle();
   std::int64_t get() const { return id_; }
+  std::int64_t release() { return std::exchange(id_, -1); }
 
  private:
   std::int64_t id_ = -1;
@@ -115,6 +116,7 @@ class Dataset : public Object {
 
  private:
   friend class Group;
+  std::uint64_t column_length(std::uint64_t each) const;  // of a column whose values take `each` bytes of memory
   Dataset(Handle handle, std::string where) : Object(std::move(handle), std::move(where)) {}
 };
 
@@ -168,7 +170,9 @@ class File {
   std::filesystem::path path_, part_;  // part_ empty where nothing is to be published
 };
 
-// fsync of a closed file and rename to its final name.
+// fsync of a closed file or of a folder.
+void sync(const std::filesystem::path& path);
+// The same, and rename to its final name.
 void publish_file(const std::filesystem::path& part, const std::filesystem::path& path);
 
 template <typename T>

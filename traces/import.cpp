@@ -51,6 +51,10 @@ std::vector<int> layers_of(const Npz& npz, const std::string& path) {
       throw TraceError(fmt::format("{}: the array '{}' is unknown; allowed are {} and, with a layer number, {}", path,
                                    name, fmt::join(kWhole, ", "), fmt::join(kPerLayer, ", ")));
     }
+    if (layer >= schema::kMaxLayers) {
+      throw TraceError(fmt::format("{}: the array '{}' has layer number {}; at most {} are allowed", path, name, layer,
+                                   schema::kMaxLayers - 1));
+    }
     layers.insert(layer);
   }
   if (layers.empty()) {

@@ -13,10 +13,19 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// JSON inside an attribute is shown as JSON where it is valid, else as the text that it is.
+// JSON inside an attribute is shown as JSON where it is valid, and not nested so deeply that showing it (which the JSON
+// library does by recursion) would need a stack of the text's choosing; else as the text that it is.
 Json embedded(const std::string& text) {
-  Json parsed = Json::parse(text, nullptr, false);
-  return parsed.is_discarded() ? Json(text) : parsed;
+  constexpr int kMaxDepth = 64;
+  bool too_deep = false;
+  const Json parsed = Json::parse(
+      text,
+      [&](int depth, Json::parse_event_t, Json&) {
+        too_deep = too_deep || depth > kMaxDepth;
+        return !too_deep;
+      },
+      false);
+  return too_deep || parsed.is_discarded() ? Json(text) : parsed;
 }
 
 std::string queries_text(std::span<const Pos> index, Pos n_tokens) {

@@ -10,11 +10,14 @@
 #include <limits>
 #include <span>
 
+#include "traces/inflate.hpp"
+#include "traces/limits.hpp"
+
 namespace kvreplay {
 namespace {
 
-constexpr std::uint64_t kMaxInflation = 1100;  // deflate cannot exceed 1032
 constexpr std::uint64_t kMaxDirectory = std::uint64_t{64} << 20;
+constexpr std::uint64_t kLocal = 30;  // bytes of an entry's own header, at least
 
 // Little-endian fields of the zip format.
 template <typename T>
@@ -58,37 +61,6 @@ Directory find_directory(const FileBytes& file, const std::string& path) {
     return found;
   }
   throw TraceError(path + ": expected an .npz file (a zip archive), found none or a damaged one");
-}
-
-// The raw deflate stream of a zip entry.
-void inflate_exactly(std::span<const std::byte> in, std::span<std::byte> out, const std::string& where) {
-  z_stream stream{};
-  if (::inflateInit2(&stream, -MAX_WBITS) != Z_OK) {
-    throw TraceError(where + ": cannot be inflated");
-  }
-  std::size_t read = 0, written = 0;
-  int status = Z_OK;
-  std::byte overflow{};  // where an entry that is longer than it says would go
-  while (status == Z_OK) {
-    constexpr std::size_t kMax = std::size_t{1} << 30;  // zlib counts in 32 bits
-    const std::size_t give = std::min(in.size() - read, kMax), room = std::min(out.size() - written, kMax);
-    stream.next_in = reinterpret_cast<Bytef*>(const_cast<std::byte*>(in.data() + read));
-    stream.avail_in = static_cast<uInt>(give);
-    stream.next_out = reinterpret_cast<Bytef*>(room > 0 ? out.data() + written : &overflow);
-    stream.avail_out = static_cast<uInt>(room > 0 ? room : 1);
-    const uInt had = stream.avail_out;
-    status = ::inflate(&stream, Z_NO_FLUSH);
-    read += give - stream.avail_in;
-    const std::size_t made = had - stream.avail_out;
-    if (room == 0 && made > 0) {
-      status = Z_BUF_ERROR;
-    }
-    written += room > 0 ? made : 0;
-  }
-  ::inflateEnd(&stream);
-  if (status != Z_STREAM_END || written != out.size()) {
-    throw TraceError(fmt::format("{}: does not inflate to its {} bytes; the file is damaged", where, out.size()));
-  }
 }
 
 // What the header of an .npy file says: {'descr': '<f2', 'fortran_order': False, 'shape': (8, 2048,
@@ -178,7 +150,8 @@ Npz::Npz(const std::filesystem::path& path) : path_(path) {
       throw TraceError(where + ": is encrypted or compressed in a way that NumPy does not use");
     }
     if (entry.offset > file_->size() || entry.stored_bytes > file_->size() - entry.offset ||
-        (entry.method == 0 && entry.bytes != entry.stored_bytes) || entry.bytes / kMaxInflation > entry.stored_bytes) {
+        (entry.method == 0 && entry.bytes != entry.stored_bytes) ||
+        entry.bytes / limits::kMaxInflation > entry.stored_bytes) {
       throw TraceError(fmt::format("{}: claims {} bytes from {} at byte {} of a file of {}", where, entry.bytes,
                                    entry.stored_bytes, entry.offset, file_->size()));
     }
@@ -188,6 +161,31 @@ Npz::Npz(const std::filesystem::path& path) : path_(path) {
     name.resize(name.size() - 4);
     if (!entries_.emplace(name, entry).second) {
       throw TraceError(where + ": appears twice");
+    }
+  }
+  check_entries();
+}
+
+// Entries that share bytes, or that stand for far more than the file holds, are how a zip archive becomes a bomb.
+void Npz::check_entries() const {
+  std::vector<std::pair<Entry, std::string>> by_offset;
+  const std::uint64_t most = limits::kArrays.of(file_->size());
+  std::uint64_t bytes = 0;
+  for (const auto& [name, entry] : entries_) {
+    by_offset.emplace_back(entry, name);
+    if (entry.bytes > most - bytes) {
+      throw TraceError(fmt::format("{}: its arrays stand for more than {} bytes, which a file of {} bytes may not",
+                                   path_.string(), most, file_->size()));
+    }
+    bytes += entry.bytes;
+  }
+  std::sort(by_offset.begin(), by_offset.end(),
+            [](const auto& a, const auto& b) { return a.first.offset < b.first.offset; });
+  for (std::size_t i = 1; i < by_offset.size(); ++i) {
+    const Entry& before = by_offset[i - 1].first;
+    if (before.stored_bytes + kLocal > by_offset[i].first.offset - before.offset) {
+      throw TraceError(fmt::format("{}: the arrays '{}' and '{}' overlap at byte {}", path_.string(),
+                                   by_offset[i - 1].second, by_offset[i].second, by_offset[i].first.offset));
     }
   }
 }
@@ -208,7 +206,6 @@ std::vector<std::byte> Npz::contents(const std::string& name) const {
         fmt::format("{}: the array '{}' is missing; it has {}", path_.string(), name, fmt::join(names(), ", ")));
   }
   const Entry& entry = found->second;
-  constexpr std::uint64_t kLocal = 30;
   std::vector<std::byte> header(kLocal);
   if (file_->size() - entry.offset < kLocal) {
     throw TraceError(where + ": its zip header is damaged");
@@ -227,7 +224,9 @@ std::vector<std::byte> Npz::contents(const std::string& name) const {
     out = std::move(stored);
   } else {
     out.resize(entry.bytes);
-    inflate_exactly(stored, out, where);
+    if (!inflate_exactly(stored, out, Deflated::raw)) {
+      throw TraceError(fmt::format("{}: does not inflate to its {} bytes; the file is damaged", where, out.size()));
+    }
   }
   uLong crc = ::crc32(0, nullptr, 0);
   crc = ::crc32_z(crc, reinterpret_cast<const Bytef*>(out.data()), out.size());

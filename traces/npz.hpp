@@ -41,6 +41,7 @@ class Npz {
     std::uint32_t crc = 0;
     int method = 0;  // 0 stored, 8 deflated
   };
+  void check_entries() const;
   std::vector<std::byte> contents(const std::string& name) const;
 
   std::filesystem::path path_;

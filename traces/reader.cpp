@@ -12,6 +12,7 @@
 #include <set>
 
 #include "traces/hdf5.hpp"
+#include "traces/limits.hpp"
 #include "traces/schema.hpp"
 #include "traces/stored_array.hpp"
 
@@ -299,10 +300,8 @@ TraceReader::TraceReader(const std::filesystem::path& path) {
 }
 
 void TraceReader::open(const std::filesystem::path& path) {
-  // The library opens first: its sentence for a missing file or one that is not HDF5 is the better
-  // one.
+  file_ = std::make_shared<const FileBytes>(path);  // knows the file's time: what changes from here on is noticed
   const hdf5::File file = hdf5::File::open(path);
-  file_ = std::make_shared<const FileBytes>(path);
   const Group& root = file.root();
   info_.path = path;
   info_.stem = path.extension() == ".part" ? path.stem().stem().string() : path.stem().string();
@@ -361,6 +360,15 @@ void TraceReader::open(const std::filesystem::path& path) {
   std::optional<ElementType> element;
   std::vector<Pos> all(static_cast<std::size_t>(info_.n_tokens));
   std::iota(all.begin(), all.end(), 0);
+  const std::uint64_t most_bytes = limits::kArrays.of(file_->size());
+  std::uint64_t bytes = 0;  // that all arrays and their indexes stand for
+  const auto count = [&](std::uint64_t more) {
+    if (more > most_bytes - bytes) {
+      throw TraceError(fmt::format("{}: its arrays stand for more than {} bytes, which a file of {} bytes may not",
+                                   path.string(), most_bytes, file_->size()));
+    }
+    bytes += more;
+  };
   for (const std::string& name : layers.children()) {
     const int number = layer_number(name, layers.where(), info_.n_layers);
     const Group group = layers.group(name);
@@ -379,6 +387,7 @@ void TraceReader::open(const std::filesystem::path& path) {
       expect_shape(dataset, dims);
       const ElementType type = element_of(dataset);
       hdf5::Storage storage = dataset.storage();
+      count(storage.extents.size() * sizeof(hdf5::Extent));
       Shape three = dims;
       if (dims.size() == 2) {
         const bool per_token = key.starts_with(schema::kScores);
@@ -389,6 +398,7 @@ void TraceReader::open(const std::filesystem::path& path) {
       }
       layer.hashes[key] = text_or_empty(dataset, schema::kSha256);
       layer.arrays.emplace_back(key, StoredArray(file_, dataset.where(), type, three, std::move(storage), valid));
+      count(layer.arrays.back().second.valid_bytes());
       return type;
     };
     const auto one_type = [&](ElementType type, const char* set_name) {
@@ -405,6 +415,7 @@ void TraceReader::open(const std::filesystem::path& path) {
     one_type(add(group, schema::kV, schema::kV, {n_kv_heads, n_rows, v_head_dim}, tokens), schema::kV);
     if (group.has(schema::kQ)) {
       std::uint64_t n_queries = n_rows;
+      count(all.size() * sizeof(Pos));
       layer.q_index = all;
       if (group.has(schema::kQIndex)) {
         const Shape shape = group.dataset(schema::kQIndex).shape();

@@ -91,6 +91,7 @@ void repack(const std::filesystem::path& in, const std::filesystem::path& out, P
         }
       }
     }
+    trace.check_unchanged();
     file.close();
     const TraceReader written(part);
     const TraceHashes hashes = hash_trace(written);

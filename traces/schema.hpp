@@ -87,12 +87,11 @@ inline constexpr std::string_view kHashPrefix = "sha256:";
 // Names that start so are the writer's own, free of rules.
 inline constexpr std::string_view kUserPrefix = "x_";
 
-// Limits. A number beyond them is taken for corruption, not for ambition.
+// Limits. A number beyond them is taken for corruption, not for ambition. Those of sizes are in traces/limits.hpp.
 inline constexpr std::int64_t kMaxLayers = 4096;
 inline constexpr std::int64_t kMaxHeads = 4096;
 inline constexpr std::int64_t kMaxHeadDim = 8192;
 inline constexpr std::int64_t kMaxHidden = std::int64_t{1} << 20;
 inline constexpr std::int64_t kMaxTokens = (std::int64_t{1} << 31) - 2;
-inline constexpr std::uint64_t kMaxChunkBytes = std::uint64_t{256} << 20;
 
 }  // namespace kvreplay::schema

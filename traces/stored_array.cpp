@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <zlib.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,12 +13,12 @@
 #include <system_error>
 
 #include "traces/errors.hpp"
-#include "traces/schema.hpp"
+#include "traces/inflate.hpp"
+#include "traces/limits.hpp"
 
 namespace kvreplay {
 namespace {
 
-constexpr std::uint64_t kMaxInflation = 1100;           // deflate cannot exceed 1032
 constexpr std::size_t kPiece = std::size_t{256} << 10;  // bytes per pread: stays in the second-level cache
 
 std::string errno_text() { return std::generic_category().message(errno); }
@@ -37,7 +36,8 @@ struct stat status_of(int fd, const std::filesystem::path& path) {
 FileBytes::FileBytes(const std::filesystem::path& path) : path_(path) {
   fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd_ < 0) {
-    throw TraceError(path.string() + ": cannot be opened (" + errno_text() + ")");
+    throw TraceError(errno == ENOENT ? path.string() + " does not exist"
+                                     : path.string() + ": cannot be opened (" + errno_text() + ")");
   }
   const struct stat status = status_of(fd_, path);
   size_ = static_cast<std::uint64_t>(status.st_size);
@@ -121,15 +121,6 @@ void unshuffle(std::span<const std::byte> in, std::size_t element, std::span<std
   }
 }
 
-void inflate_exactly(std::span<const std::byte> in, std::span<std::byte> out, const std::string& where) {
-  uLongf n = out.size();
-  const int status =
-      ::uncompress(reinterpret_cast<Bytef*>(out.data()), &n, reinterpret_cast<const Bytef*>(in.data()), in.size());
-  if (status != Z_OK || n != out.size()) {
-    throw TraceError(fmt::format("{}: a chunk does not inflate to its {} bytes", where, out.size()));
-  }
-}
-
 }  // namespace
 
 StoredArray::StoredArray(std::shared_ptr<const FileBytes> file, std::string where, ElementType type, hdf5::Shape dims,
@@ -152,16 +143,19 @@ StoredArray::StoredArray(std::shared_ptr<const FileBytes> file, std::string wher
     }
   } else {
     const hdf5::Shape& chunk = storage_.chunk;
-    const std::uint64_t chunk_bytes = hdf5::n_elements(chunk) * size_of(type_);
-    if (chunk_bytes > schema::kMaxChunkBytes) {
-      throw TraceError(fmt::format("{}: has chunks of {} bytes; at most {} are allowed", where_, chunk_bytes,
-                                   schema::kMaxChunkBytes));
+    const std::uint64_t n_elements = hdf5::n_elements(chunk);
+    const std::uint64_t most = std::min(limits::kMaxChunkBytes, limits::kArrays.of(file_->size()));
+    if (n_elements > most / size_of(type_)) {
+      throw TraceError(fmt::format("{}: has chunks of {} elements of {} bytes; at most {} bytes are allowed", where_,
+                                   n_elements, size_of(type_), most));
     }
+    const std::uint64_t chunk_bytes = n_elements * size_of(type_);
     for (std::size_t d = 0; d < 3; ++d) {
-      grid_.push_back((dims_[d] + chunk[d] - 1) / chunk[d]);
+      grid_.push_back(dims_[d] / chunk[d] + (dims_[d] % chunk[d] != 0 ? 1 : 0));
     }
     for (const hdf5::Extent& extent : storage_.extents) {
-      const bool fits = storage_.deflate ? chunk_bytes / kMaxInflation <= extent.bytes : extent.bytes == chunk_bytes;
+      const bool fits =
+          storage_.deflate ? chunk_bytes / limits::kMaxInflation <= extent.bytes : extent.bytes == chunk_bytes;
       if (extent.bytes > 0 && !fits) {
         throw TraceError(fmt::format("{}: a chunk of {} bytes cannot hold the {} bytes that it stands for", where_,
                                      extent.bytes, chunk_bytes));
@@ -175,6 +169,8 @@ StoredArray::StoredArray(std::shared_ptr<const FileBytes> file, std::string wher
     }
   }
 }
+
+std::uint64_t StoredArray::valid_bytes() const { return dims_[0] * n_valid_ * row_bytes(); }
 
 std::uint64_t StoredArray::stored_bytes() const {
   std::uint64_t bytes = 0;
@@ -201,7 +197,9 @@ std::span<const std::byte> StoredArray::chunk(std::uint64_t index) const {
   if (storage_.deflate) {
     memory.stored.resize(static_cast<std::size_t>(extent.bytes));
     file_->read(extent.offset, memory.stored);
-    inflate_exactly(memory.stored, unfiltered, where_);
+    if (!inflate_exactly(memory.stored, unfiltered, Deflated::zlib)) {
+      throw TraceError(fmt::format("{}: a chunk does not inflate to its {} bytes", where_, n));
+    }
   } else {
     file_->read(extent.offset, unfiltered);
   }

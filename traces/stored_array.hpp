@@ -51,7 +51,8 @@ class StoredArray {
   const std::string& where() const { return where_; }
   bool chunked() const { return !storage_.chunk.empty(); }
   const hdf5::Storage& storage() const { return storage_; }
-  std::uint64_t stored_bytes() const;
+  std::uint64_t valid_bytes() const;   // of the rows that may be read, inflated
+  std::uint64_t stored_bytes() const;  // in the file
 
   // Rows [begin, end) of one head as stored; out is (end - begin, width) of type().
   void read_raw(std::uint64_t head, std::uint64_t begin, std::uint64_t end, std::span<std::byte> out) const;

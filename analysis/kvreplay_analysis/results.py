@@ -285,7 +285,8 @@ def load(folder):
         raise UsageError(f"{folder} is a file; give the folder that `kvreplay run --out` wrote")
     absent = [n for n in ("run.json", "summary.csv", "results.h5") if not (folder / n).is_file()]
     if absent:
-        raise UsageError(f"{folder} is not a results folder: it has no {' and no '.join(absent)}")
+        last = "; a run that ended has written run.json" if "run.json" in absent else ""
+        raise UsageError(f"{folder} is not a results folder: it has no {' and no '.join(absent)}{last}")
     run = _read_run(folder / "run.json")
     cells, block_steps = _read_cells(folder / "results.h5")
     return Results(folder, run, _read_summary(folder / "summary.csv"), cells, block_steps)

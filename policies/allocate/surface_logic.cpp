@@ -51,9 +51,6 @@ class SurfaceLogic final : public Allocator {
   double worth() const override { return config_.w_surface * config_.surface + config_.w_logic * config_.logic; }
 
   std::vector<int> over_layers(const Layers& l) const override {
-    if (l.budget >= l.n_tokens) {
-      return Allocator::over_layers(l);  // nobody has to do without
-    }
     const auto n = l.index.size();
     const MatD worth = shuffled(l);
     const double sum = worth.sum();
@@ -62,14 +59,7 @@ class SurfaceLogic final : public Allocator {
       const double own = sum > 0 ? worth.row(static_cast<Eigen::Index>(i)).sum() / sum : 1.0 / static_cast<double>(n);
       share.push_back((1 - config_.rho) / static_cast<double>(n) + config_.rho * own);
     }
-    std::vector<int> budgets = split(static_cast<int>(n) * l.budget, share, std::vector<int>(n, room(l)));
-    for (int& b : budgets) {
-      if (b == 0) {
-        --*std::max_element(budgets.begin(), budgets.end());
-        b = 1;
-      }
-    }
-    return budgets;
+    return split_over_layers(l, share);
   }
 
   std::vector<int> over_heads(const Layers& l, std::size_t layer) const override {

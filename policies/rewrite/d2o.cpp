@@ -22,8 +22,8 @@ class D2o final : public Rewriter {
   static constexpr std::string_view kPaper = "arXiv:2406.13035";
   static constexpr std::string_view kDeviation =
       "weights=code is the authors' code, weights=paper the convex form recalled from the paper; the gate averages "
-      "over the lanes of a set (the code: all heads) and compares to six digits; their layer budgets need a "
-      "statistic of every layer's prompt, which allocators do not see: not built";
+      "over the lanes of a set (the code: all heads) and compares to six digits; their layer budgets are "
+      "the allocator d2o_layers";
   static constexpr std::array kParams{
       choice<&Config::weights>("weights", kWeights,
                                "code: (k_c + sum u k_e) / (1 + n) with u the cosine, so that lengths shrink; paper: "

@@ -8,6 +8,7 @@
 
 #include "policies/errors.hpp"
 #include "sim/cli/exit.hpp"
+#include "sim/plugins.hpp"
 
 namespace kvreplay {
 
@@ -31,6 +32,19 @@ void check_range(const CLI::Option* option, std::int64_t value, std::int64_t lea
   if (option->count() > 0 && value > most) {
     refuse(fmt::format("at most {}", most));
   }
+}
+
+void add_plugin_option(CLI::App* command) {
+  command
+      ->add_option_function<std::vector<std::string>>(
+          "--plugin",
+          [](const std::vector<std::string>& files) {
+            for (const std::string& file : files) {
+              load_plugin(file);
+            }
+          },
+          "Shared object with more methods (docs/plugins.md); may be given several times")
+      ->allow_extra_args(false);
 }
 
 int threads_or_all(int threads) {

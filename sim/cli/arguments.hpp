@@ -11,6 +11,8 @@ namespace kvreplay {
 std::vector<std::string> comma_list(const std::string& text);
 // ConfigError where the option was given with a value outside [least, most].
 void check_range(const CLI::Option* option, std::int64_t value, std::int64_t least, std::int64_t most);
+// --plugin FILE, repeatable: every command that parses methods has it. Loaded before the command itself runs.
+void add_plugin_option(CLI::App* command);
 int threads_or_all(int threads);  // 0: as many as the machine has
 // Says the first of these sentences, and how many there are `more` of (as in "more, listed in F"); throws Exit.
 [[noreturn]] void fail(const std::vector<std::string>& failed, bool trace_failed, const std::string& more);

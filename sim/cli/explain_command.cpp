@@ -53,6 +53,7 @@ void add_explain_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   command->add_option("DIR", o->results, "Results folder that `kvreplay run --out` wrote")->required();
   command->add_option("-m,--method", o->method, "A method of the run, as it was typed or canonical")->required();
+  add_plugin_option(command);
   command->add_option("--against", o->against, "Another one, explained beside it");
   command->add_option("-b,--budget", o->budget, "A budget of the run, as it was asked (default: the middle one)");
   command->add_option("--trace", o->traces, "Only these traces (default: all of one model, else the first)")

@@ -15,9 +15,11 @@
 #include "sim/cli/exit.hpp"
 #include "sim/cli/explain_command.hpp"
 #include "sim/cli/headscores_command.hpp"
+#include "sim/cli/new_policy_command.hpp"
 #include "sim/cli/policies_command.hpp"
 #include "sim/cli/report_command.hpp"
 #include "sim/cli/run_command.hpp"
+#include "sim/cli/sweep_command.hpp"
 #include "sim/cli/trace_commands.hpp"
 #include "sim/cli/tune_command.hpp"
 #include "sim/version.hpp"
@@ -73,6 +75,8 @@ int main(int argc, char** argv) {
   add_report_command(app);
   add_explain_command(app);
   add_headscores_command(app);
+  add_new_policy_command(app);
+  add_sweep_commands(app);
   add_trace_commands(app);
   try {
     app.parse(argc, argv);
@@ -95,5 +99,7 @@ int main(int argc, char** argv) {
     return fail(kOther, "out of memory; lower --memory or replay fewer methods at once");
   } catch (const std::exception& e) {
     return fail(kOther, e.what());
+  } catch (...) {
+    return fail(kOther, "something was thrown that says nothing; a plug-in may have done it");
   }
 }

@@ -127,7 +127,11 @@ void add_run_command(CLI::App& app) {
   CLI::App* run_app = app.add_subcommand("run", "Replay traces under methods and write a results folder");
   auto o = std::make_shared<Options>();
   run_app->add_option("traces", o->traces, "Trace files (HDF5)")->required();
-  run_app->add_option("-m,--method", o->methods, "Methods, as 'h2o:window=128+adakv'; several, or a comma list");
+  run_app->add_option(
+      "-m,--method", o->methods,
+      "Methods, as 'h2o:window=128+adakv', or 'snapkv:budget=256+adakv/momentum', which cuts the prompt by "
+      "what is before the '/' and the rest by what is after it; several, or a comma list");
+  add_plugin_option(run_app);
   run_app->add_option("--params-from", o->params_from,
                       "Methods that `kvreplay tune` chose (its tuned.json), each at its budgets; --method adds others");
   run_app->add_option("-b,--budget", o->budgets,

@@ -66,6 +66,7 @@ void add_tune_command(CLI::App& app) {
   CLI::App* tune_app = app.add_subcommand("tune", "Find the best values of a method's parameters, with intervals");
   auto o = std::make_shared<Options>();
   tune_app->add_option("-m,--method", o->method, "The method, as moment-kv or h2o:sink=4+adakv")->required();
+  add_plugin_option(tune_app);
   tune_app
       ->add_option("-p,--param", o->params,
                    "What to tune: NAME=LO:HI[:lin|log|one_minus] or NAME=a,b,c; several are tuned together")

@@ -46,18 +46,37 @@ TEST_CASE("a method's name is canonical: presets expanded, defaults omitted, key
   CHECK(name_of("snapkv:budget=2048/momentum:alpha=0.9") == "snapkv:budget=2048/momentum:alpha=0.9");
   CHECK(name_of("snapkv:budget=25%,obs_window=16/tova") == "snapkv:obs_window=16,budget=0.25/tova");
   CHECK(name_of("snapkv:budget=64KiB/tova:pool=decode") == "snapkv:budget=65536B/tova");
+  CHECK(name_of("snapkv:budget=64+adakv:alpha=0.20/tova") == "snapkv:budget=64+adakv/tova");
+  CHECK(name_of("snapkv+pyramid:beta=10/tova+pyramid") == "snapkv+pyramid:beta=10/tova+pyramid");
+  CHECK(name_of("snapkv+uniform/tova") == "snapkv/tova");
+  CHECK(name_of("expected-attention:alpha=0.1,budget=30%/tova") ==
+        "expected:epsilon=0.01,budget=0.3+adakv:alpha=0.1/tova");
   CHECK(name_of("given:evicted_at=runs/h2o.h5") == "given:evicted_at=runs/h2o.h5");
   CHECK(parse_method("momentkv").preset == "momentkv");
   CHECK(parse_method(" momentkv").label == "momentkv");
 }
 
 TEST_CASE("the selector after a slash owns the decode tokens") {
-  const Method m = parse_method("snapkv:budget=64,scope=query_head/h2o");
+  const Method m = parse_method("snapkv:budget=64,scope=query_head/h2o:scope=query_head");
   REQUIRE(m.prefill_select);
   CHECK(m.prefill_budget.tokens(1000, 1, {}, 1) == 64);
   CHECK(m.prefill_traits.scope == Scope::query_head);
   CHECK(m.traits.pool == Pool::decode);
   CHECK(m.needs().prompt_queries == 64);  // the pinned prompt asks h2o for none
+}
+
+TEST_CASE("an allocator before the slash divides the prompt's budget") {
+  const Method m = parse_method("snapkv:budget=64+whitelist:spans=system/h2o+pyramid");
+  REQUIRE(m.prefill_allocate);
+  CHECK(m.prefill_allocate->info->name == "whitelist");
+  REQUIRE(m.allocate);
+  CHECK(m.allocate->info->name == "pyramid");
+  CHECK(m.parts().size() == 4);
+  CHECK(m.needs().spans);
+  // Its own check sees the prompt's budget.
+  const Method own = parse_method("snapkv+surface_logic:b_min=9/h2o");
+  CHECK_NOTHROW(own.check(3, 9));
+  CHECK_THROWS_WITH(own.check(9, 3), Catch::Contains("b_min=9"));
 }
 
 TEST_CASE("what cannot be is refused in one sentence that names it, what is allowed and what is near") {
@@ -96,7 +115,14 @@ TEST_CASE("what cannot be is refused in one sentence that names it, what is allo
   refuses("h2o:budget=3/momentun", {"'momentun'", "'momentum'"});
   refuses("h2o/momentun", {"'momentun'", "'momentum'"});
   refuses("h2o/tova/tova", {"at most one '/'"});
-  refuses("h2o+adakv/tova", {"only a selector"});
+  refuses("full+quest/tova", {"reader 'quest'", "before the '/'"});
+  refuses("h2o+d2o/tova", {"rewriter 'd2o'", "before the '/'"});
+  refuses("momentkv/tova", {"compensator 'moments'", "before the '/'"});
+  refuses("tova+adakv/h2o", {"'adakv'", "scope=layer", "'tova'"});
+  refuses("h2o+adakv:budget=3/tova", {"'budget'", "prompt's selector alone"});
+  refuses("h2o+adakv+pyramid/tova", {"both allocators"});
+  refuses("snapkv/h2o+adakv", {"'adakv'", "pinned", "before the '/'"});
+  refuses("h2o:scope=query_head/tova", {"scope=query_head at 'tova'"});
   refuses("full/tova", {"'full'", "whole prompt"});
   refuses("momentum/tova", {"'momentum'", "whole prompt"});
   refuses("h2o/tova:pool=all", {"pool=all"});

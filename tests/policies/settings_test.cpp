@@ -48,6 +48,8 @@ TEST_CASE("a method's parameters have the values that the method gives them") {
   CHECK(value_of("snapkv:budget=64,kernel=3/h2o:scope=query_head", "kernel") == "3");
   CHECK(value_of("snapkv:budget=64/h2o:scope=query_head", "scope") == "query_head");
   CHECK(value_of("snapkv:budget=64/h2o:scope=query_head", "prefill.scope") == "kv_head");
+  CHECK(value_of("snapkv+pyramid:window=9/h2o+pyramid:window=5", "prefill.pyramid.window") == "9");
+  CHECK(value_of("snapkv+pyramid:window=9/h2o+pyramid:window=5", "pyramid.window") == "5");
   CHECK(value_of("snapkv:budget=64/h2o", "pool") == "decode");
 }
 
@@ -62,6 +64,7 @@ TEST_CASE("setting a parameter changes it and nothing else") {
   CHECK(set("snapkv:budget=2048/momentum:alpha=0.97", {{"kernel", "3"}, {"alpha", "@a.json"}}) ==
         "snapkv:budget=2048,kernel=3/momentum:alpha=@a.json");
   CHECK(set("h2o:budget=64/h2o", {{"window", "3"}, {"prefill.window", "5"}}) == "h2o:budget=64,window=5/h2o:window=3");
+  CHECK(set("snapkv:budget=64+adakv/h2o", {{"alpha", "0.5"}}) == "snapkv:budget=64+adakv:alpha=0.5/h2o");
 }
 
 TEST_CASE("a name that is none, or that several parts have, is refused") {

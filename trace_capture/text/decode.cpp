@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 
@@ -125,6 +126,11 @@ std::string TokenDecoder::join(std::vector<std::string> tokens) const {
   if (none_) {
     return fmt::format("{}", fmt::join(tokens, " "));
   }
+  std::size_t bytes = 0;
+  for (const std::string& token : tokens) {
+    bytes += token.size();
+  }
+  const std::size_t most = most_bytes(bytes);
   for (const Step& step : steps_) {
     if (std::holds_alternative<ByteLetters>(step)) {
       tokens = join_bytes(tokens);
@@ -135,8 +141,10 @@ std::string TokenDecoder::join(std::vector<std::string> tokens) const {
         first = false;
       }
     } else if (const auto* replace = std::get_if<Replace>(&step)) {
+      std::size_t left = most;
       for (std::string& token : tokens) {
-        token = replace_all(token, replace->what, replace->with);
+        token = replace_all(token, replace->what, replace->with, left);
+        left -= std::min(token.size(), left);
       }
     } else if (std::holds_alternative<ByteFallback>(step)) {
       tokens = join_fallback_bytes(std::move(tokens));
@@ -154,13 +162,14 @@ std::string TokenDecoder::join(std::vector<std::string> tokens) const {
 
 std::string TokenDecoder::bytes(std::string_view token) const {
   std::string bytes(token);
+  const std::size_t most = most_bytes(token.size());
   for (const Step& step : steps_) {
     if (std::holds_alternative<ByteLetters>(step)) {
       bytes = bytes_of_letters(bytes).value_or(bytes);
     } else if (const auto* metaspace = std::get_if<Metaspace>(&step)) {
       bytes = replace_all(bytes, metaspace->space, " ");
     } else if (const auto* replace = std::get_if<Replace>(&step)) {
-      bytes = replace_all(bytes, replace->what, replace->with);
+      bytes = replace_all(bytes, replace->what, replace->with, most);
     } else if (std::holds_alternative<ByteFallback>(step)) {
       if (const std::optional<char> byte = fallback_byte(bytes)) {
         return std::string(1, *byte);

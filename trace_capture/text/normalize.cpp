@@ -102,9 +102,28 @@ std::string nfc(std::string_view text) {
   return out;
 }
 
-std::string replace_all(std::string_view text, std::string_view what, std::string_view with) {
+namespace {
+
+void refuse_growth(std::size_t bytes, std::size_t most) {
+  if (bytes > most) {
+    throw ConfigError(fmt::format(
+        "the replacements of tokenizer.json make {} bytes of a text, more than the {} that its length allows; pass "
+        "token ids with --tokens instead",
+        bytes, most));
+  }
+}
+
+}  // namespace
+
+std::string replace_all(std::string_view text, std::string_view what, std::string_view with, std::size_t most) {
+  std::size_t bytes = text.size();
+  for (std::size_t found = text.find(what); found != std::string_view::npos && with.size() > what.size();
+       found = text.find(what, found + what.size())) {
+    bytes += with.size() - what.size();
+    refuse_growth(bytes, most);
+  }
   std::string out;
-  out.reserve(text.size());
+  out.reserve(bytes);
   for (std::size_t found = 0; (found = text.find(what)) != std::string_view::npos;) {
     out += text.substr(0, found);
     out += with;
@@ -130,6 +149,9 @@ Normalizer::Normalizer(const std::optional<Node>& node) {
 }
 
 void Normalizer::add(const Node& node) {
+  if (steps_.size() == kMaxSteps) {
+    node.refuse(fmt::format("more than {} steps are not supported", kMaxSteps));
+  }
   const std::string type = node.type();
   if (type == "Sequence") {
     node.only({"type", "normalizers"});
@@ -152,7 +174,9 @@ void Normalizer::add(const Node& node) {
 
 std::string Normalizer::operator()(std::string_view text) const {
   std::string out(text);
+  const std::size_t most = most_bytes(text.size());
   for (const auto& step : steps_) {
+    refuse_growth(out.size(), most);
     if (std::holds_alternative<Nfc>(step)) {
       out = nfc(out);
     } else if (const auto* prepend = std::get_if<Prepend>(&step)) {
@@ -161,7 +185,7 @@ std::string Normalizer::operator()(std::string_view text) const {
       }
     } else {
       const auto& replace = std::get<Replace>(step);
-      out = replace_all(out, replace.what, replace.with);
+      out = replace_all(out, replace.what, replace.with, most);
     }
   }
   return out;

@@ -13,8 +13,13 @@ namespace kvreplay::text {
 // Canonical composition as of Unicode 9.0, the version that Hugging Face's tokenizers composes by.
 std::string nfc(std::string_view text);
 
-// text with every what as with; what is not empty.
-std::string replace_all(std::string_view text, std::string_view what, std::string_view with);
+// How long a text of so many bytes may become: steps that a file gives in any number can double it each.
+constexpr std::size_t most_bytes(std::size_t text) { return 64 * (text + 1024); }
+constexpr std::size_t kMaxSteps = 64;  // of a normalizer or a pre-tokenizer; real ones have fewer than ten
+
+// text with every what as with; what is not empty. ConfigError if that has more than `most` bytes.
+std::string replace_all(std::string_view text, std::string_view what, std::string_view with,
+                        std::size_t most = std::string::npos);
 
 // The text to look for in a "pattern"; a pattern that is a regular expression is refused.
 std::string literal_pattern(const Node& pattern);

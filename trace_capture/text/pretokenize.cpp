@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "trace_capture/text/byte_letters.hpp"
@@ -42,6 +43,9 @@ PreTokenizer::PreTokenizer(const std::optional<Node>& node) {
 }
 
 void PreTokenizer::add(const Node& node) {
+  if (steps_.size() >= kMaxSteps) {
+    node.refuse(fmt::format("more than {} steps are not supported", kMaxSteps));
+  }
   const std::string type = node.type();
   if (type == "Sequence") {
     node.only({"type", "pretokenizers"});
@@ -96,6 +100,9 @@ void PreTokenizer::add_split(const Node& node) {
 }
 
 void PreTokenizer::add_byte_level(const Node& node) {
+  if (std::any_of(steps_.begin(), steps_.end(), [](const auto& s) { return std::holds_alternative<ByteLetters>(s); })) {
+    node.refuse("ByteLevel is there twice, which is not supported");  // each doubles the text
+  }
   node.only({"type", "add_prefix_space", "trim_offsets", "use_regex"});
   if (node.flag("add_prefix_space", true)) {
     steps_.emplace_back(SpaceInFront{});

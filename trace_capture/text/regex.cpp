@@ -315,7 +315,13 @@ std::vector<Range> Regex::matches(std::string_view text) const {
     throw std::bad_alloc();
   }
   pcre2_jit_stack_assign(context.get(), nullptr, stack.get());
-  pcre2_set_match_limit(context.get(), std::numeric_limits<std::uint32_t>::max());
+  // Enough for any expression that looks at each character a few times; one that goes back and forth is cut off here.
+  constexpr std::size_t kSteps = 20'000'000, kStepsPerByte = 64;
+  constexpr std::uint32_t kHeapKiB = std::uint32_t{1} << 20;
+  pcre2_set_match_limit(context.get(),
+                        static_cast<std::uint32_t>(std::min<std::size_t>(kSteps + kStepsPerByte * text.size(),
+                                                                         std::numeric_limits<std::uint32_t>::max())));
+  pcre2_set_heap_limit(context.get(), kHeapKiB);
   const PCRE2_SIZE* const found = pcre2_get_ovector_pointer(match.get());
 
   std::vector<Range> ranges;
