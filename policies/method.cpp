@@ -192,7 +192,7 @@ PartUse* add_part(Phase& phase, const std::string& name, bool first) {
   }
   if (first && info->role != Role::select) {
     throw ConfigError(quoted(name) + " is " + (info->role == Role::allocate ? "an " : "a ") + role_name(info->role) +
-                      "; a method starts with a selector, for example full+" + name);
+                      "; a method starts with a selector, for example h2o+" + name);
   }
   if (const auto it = phase.parts.find(info->role); it != phase.parts.end()) {
     throw ConfigError(quoted(name) + " and " + quoted(it->second.info->name) + " are both " + role_name(info->role) +

@@ -1,9 +1,11 @@
 #include "sim/plugins.hpp"
 
 #include <dlfcn.h>
+#include <elf.h>
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstring>
 #include <fstream>
 #include <set>
 
@@ -39,6 +41,20 @@ std::string hash_of(const fs::path& path) {
   return hash.hex();
 }
 
+// The loader maps what the header says and dies of a bus error where a copy was cut short. Sections come last in a file.
+void check_whole(const fs::path& file, const std::string& who) {
+  Elf64_Ehdr header{};
+  std::ifstream in(file, std::ios::binary);
+  if (!in.read(reinterpret_cast<char*>(&header), sizeof header) ||
+      std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_ident[EI_CLASS] != ELFCLASS64) {
+    return;  // the loader says what it is
+  }
+  if (header.e_shoff > fs::file_size(file) ||
+      fs::file_size(file) - header.e_shoff < std::uint64_t(header.e_shnum) * header.e_shentsize) {
+    throw ConfigError(who + " cannot be loaded: it is cut short; copy or build it anew");
+  }
+}
+
 // The loader's words without the path that they begin with, on one line.
 std::string loader_error(const fs::path& file) {
   const char* said = dlerror();
@@ -71,6 +87,7 @@ void load_plugin(const fs::path& path) {
   const std::string who = "plug-in " + path.string();
   const std::string sha256 = hash_of(path);
   const fs::path file = fs::canonical(path);  // with a slash, or the system's folders would be searched
+  check_whole(file, who);
   void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
   const std::string failed = library == nullptr ? loader_error(file) : "";
   if (library == nullptr) {  // where it calls what is not here, its interface may say why

@@ -20,7 +20,7 @@ inline constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 inline constexpr Allowance kColumn{16, 16 * kMiB};  // memory of one column, which is read whole: tokens, indexes, texts
 inline constexpr Allowance kArrays{64, 64 * kMiB};  // what all bulk arrays together stand for, as stored elements
 inline constexpr std::uint64_t kMaxChunkBytes = 256 * kMiB;          // one chunk, inflated
-inline constexpr std::uint64_t kMaxChunks = std::uint64_t{1} << 16;  // of one array: the library finds each by a search
+inline constexpr std::uint64_t kMaxChunks = std::uint64_t{1} << 14;  // of one array: the library finds each by a search
 inline constexpr std::uint64_t kMaxInflation = 1100;                 // deflate cannot exceed 1032
 inline constexpr std::uint64_t kMaxAttributeBytes = 64 * kMiB;       // larger ones are not metadata any more
 

@@ -63,6 +63,7 @@ void become_python(std::vector<std::string> arguments) {
   const std::string packages = std::string(kSource) + "/analysis";
   const std::string path = environment("PYTHONPATH");
   setenv("PYTHONPATH", (path.empty() ? packages : packages + ":" + path).c_str(), 1);
+  setenv("PYTHONSAFEPATH", "1", 1);  // a copy.py in the user's folder is not the library's
   arguments.insert(arguments.begin(), {interpreter, "-m", "kvreplay_analysis"});
   std::vector<char*> argv;
   for (std::string& argument : arguments) {

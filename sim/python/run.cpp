@@ -61,6 +61,9 @@ std::vector<int> layers_of(const py::object& given) {
     const std::vector<int> some = parse_integers("layers", text_of(value));
     all.insert(all.end(), some.begin(), some.end());
   }
+  if (all.empty() && !given.is_none()) {
+    throw ConfigError("layers is empty; leave it out for all layers");
+  }
   return all;
 }
 
@@ -107,13 +110,21 @@ RunRequest request_of(const Options& o) {
   r.layers = layers_of(o.layers);
   r.prompt_len = o.prompt_len ? at_least("prompt_len", 1, *o.prompt_len) : 0;
   r.max_steps = o.max_steps ? at_least("max_steps", 1, *o.max_steps) : 0;
-  r.threads = at_least("threads", 0, o.threads);
+  constexpr int kMostThreads = 1024;  // as the command has it; a stack for each is taken from the caller's
+  if (at_least("threads", 0, o.threads) > kMostThreads) {
+    throw ConfigError(fmt::format("threads={} is outside of 0 to {}", o.threads, kMostThreads));
+  }
+  r.threads = o.threads;
   if (r.threads == 0) {
     r.threads = std::max(1, int(std::thread::hardware_concurrency()));
   }
   r.n_checkpoints = at_least("checkpoints", 1, o.checkpoints);
   r.seed = o.seed;
   if (py::isinstance<py::int_>(o.memory)) {
+    if (PyLong_AsLongLong(o.memory.ptr()) <= 0) {
+      PyErr_Clear();  // of a number that is too large
+      throw ConfigError("memory=" + text_of(o.memory) + " is no number of bytes from 1 on");
+    }
     r.memory = o.memory.cast<std::uint64_t>();
   } else if (!o.memory.is_none()) {
     r.memory = parse_bytes("memory", text_of(o.memory));

@@ -153,3 +153,10 @@ def test_a_reader_that_leaves_is_no_error(out):
     done = subprocess.run(["bash", "-c", '"$0" tradeoffs "$1" --json | head -c 1', KVREPLAY, out], env=PYTHON, text=True,
                           capture_output=True, timeout=120)
     assert (done.stdout, done.stderr) == ("{", "")
+
+
+def test_files_beside_the_user_are_not_imported(trace, tmp_path):
+    good_run(trace, tmp_path / "out", "--method", "h2o", "--budget", "16")
+    (tmp_path / "copy.py").write_text("raise SystemExit('imported')\n")
+    done = kvreplay("league", "out", "--metric", "error", cwd=tmp_path)
+    assert done.returncode == 0 and "imported" not in done.stderr, done.stderr

@@ -292,6 +292,10 @@ def test_what_is_no_plugin_is_refused(template, of_every_role, folder, trace):
     text.write_text("not a shared object, whatever its name says\n" * 100)
     refused(text, "cannot be loaded")
     refused(folder / "gone.so", "does not exist")
+    for share in (0.01, 0.5, 0.9):  # a copy that was interrupted
+        cut = folder / "cut.so"
+        cut.write_bytes(template.read_bytes()[:int(share * template.stat().st_size)])
+        refused(cut, "cut short")
     refused(folder, "is not a file")
     refused(exporting(folder, "nothing", ""), "no plug-in", "KVREPLAY_PLUGIN")
     refused(exporting(folder, "newer", '999, "who knows", 0, 0'), "interface 999", "has interface 1")
