@@ -41,12 +41,13 @@ std::string hash_of(const fs::path& path) {
   return hash.hex();
 }
 
-// The loader maps what the header says and dies of a bus error where a copy was cut short. Sections come last in a file.
+// The loader maps what the header says and dies of a bus error where a copy was cut short. Sections come last in a
+// file.
 void check_whole(const fs::path& file, const std::string& who) {
   Elf64_Ehdr header{};
   std::ifstream in(file, std::ios::binary);
-  if (!in.read(reinterpret_cast<char*>(&header), sizeof header) ||
-      std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_ident[EI_CLASS] != ELFCLASS64) {
+  if (!in.read(reinterpret_cast<char*>(&header), sizeof header) || std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 ||
+      header.e_ident[EI_CLASS] != ELFCLASS64) {
     return;  // the loader says what it is
   }
   if (header.e_shoff > fs::file_size(file) ||

@@ -914,6 +914,9 @@ std::vector<int> parse_integers(const std::string& option, const std::string& te
 
 // {"0": 0.9, "1": [0.8, 0.7]}: model layer number to one value, or one per KV head.
 ValueTable read_value_table(const std::string& path) {
+  if (std::error_code error; fs::is_directory(path, error)) {
+    throw ConfigError(path + ": is a folder, but a file is expected");
+  }
   std::ifstream in(path, std::ios::binary);
   if (!in) {
     throw ConfigError(path + ": cannot be opened");

@@ -71,10 +71,14 @@ std::string time_text(double seconds) {
 
 std::string share(const Shard& s) { return s.n == 1 ? "" : fmt::format(", of shard {}/{}", s.index, s.n); }
 
-SweepRequest request_of(const SweepOptions& o) {
-  if (o.out.empty()) {
+void refuse_no_name(const std::string& out) {  // which would be the current folder
+  if (out.empty()) {
     throw ConfigError("--out: the folder's name is empty");
   }
+}
+
+SweepRequest request_of(const SweepOptions& o) {
+  refuse_no_name(o.out);
   SweepRequest r;
   r.plan = o.plan;
   r.out = o.out;
@@ -246,6 +250,7 @@ void print_status(const StatusOptions& o) {
 }
 
 void run_merge(const MergeOptions& o) {
+  refuse_no_name(o.out);
   const std::filesystem::path out = o.out;
   const SweepState state = merge({o.folders.begin(), o.folders.end()}, out, command_line());
   for (const std::string& sentence : state.damaged) {

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <fstream>
 #include <iterator>
@@ -21,6 +22,14 @@ namespace kvreplay {
 namespace {
 
 constexpr int kMostValues = 100000;  // of one parameter
+constexpr const char* kBudgets = "budgets";
+
+// As `--budget` reads fractions: always with a point, never with an exponent.
+std::string fraction(double x) {
+  char buffer[1100];
+  std::string text(buffer, std::to_chars(buffer, buffer + sizeof buffer, x, std::chars_format::fixed).ptr);
+  return text.find('.') == std::string::npos ? text + ".0" : text;
+}
 
 // One table of the plan. What was asked for is what may be there: `finish` refuses the rest.
 class Table {
@@ -112,7 +121,7 @@ class Table {
       return b->get() ? "true" : "false";
     }
     if (const auto* x = node.as_floating_point(); x != nullptr && std::isfinite(x->get())) {
-      return format_number(x->get());
+      return key == kBudgets ? fraction(x->get()) : format_number(x->get());
     }
     refuse(node, key, "numbers and texts, alone or in a list");
   }
@@ -236,7 +245,7 @@ PlanMethod method(const toml::table& toml, const std::string& plan) {
     throw ConfigError(m.where + ": a method needs its text, as text = \"h2o:window=32\"");
   }
   m.text = text.front();
-  m.own_budgets = table.read("budgets", m.budgets);
+  m.own_budgets = table.read(kBudgets, m.budgets);
   if (const toml::node* grid = table.find("grid")) {
     for (GridAxis& axis : axes(*grid, plan, table, "grid")) {
       m.axes.push_back({std::move(axis)});
@@ -353,7 +362,7 @@ Plan parse_plan(std::string_view text, const std::string& name) {
       p.methods.push_back(method(*node.as_table(), name));
     }
   }
-  table.read("budgets", p.budgets, true);
+  table.read(kBudgets, p.budgets, true);
   p.compensators_given = table.read("compensators", p.compensators, true);
   std::vector<std::string> compensators;
   for (const std::string& list : p.compensators) {
@@ -387,6 +396,9 @@ Plan parse_plan(std::string_view text, const std::string& name) {
 }
 
 Plan read_plan(const std::filesystem::path& file) {
+  if (std::error_code error; std::filesystem::is_directory(file, error)) {
+    throw ConfigError(file.string() + ": the plan is a folder; name its file");
+  }
   std::ifstream in(file, std::ios::binary);
   const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
   if (!in) {

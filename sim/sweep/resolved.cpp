@@ -28,6 +28,9 @@ using Json = nlohmann::ordered_json;
 constexpr std::size_t kMostMethods = 1000000;
 
 std::string file_hash(const fs::path& path) {
+  if (std::error_code error; fs::is_directory(path, error)) {
+    throw ConfigError(path.string() + ": is a folder, but a file is expected");
+  }
   std::ifstream in(path, std::ios::binary);
   const std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
   if (!in) {
@@ -36,11 +39,21 @@ std::string file_hash(const fs::path& path) {
   return sha256(bytes);
 }
 
+// A name that glob() takes as it is.
+std::string literal(const std::string& name) {
+  std::string text;
+  for (const char c : name) {
+    text += std::string_view("*?[\\").find(c) == std::string_view::npos ? "" : "\\";
+    text += c;
+  }
+  return text;
+}
+
 // Sorted; without what a glob finds twice.
 std::vector<fs::path> found(const Plan& plan) {
   std::set<std::string> all;
   for (const std::string& pattern : plan.traces) {
-    const fs::path whole = fs::path(pattern).is_absolute() ? fs::path(pattern) : plan.folder / pattern;
+    const fs::path whole = fs::path(literal(plan.folder.string())) / pattern;  // an absolute pattern stands for itself
     glob_t paths{};
     const int error = ::glob(whole.c_str(), 0, nullptr, &paths);
     for (std::size_t i = 0; error == 0 && i < paths.gl_pathc; ++i) {
@@ -48,7 +61,7 @@ std::vector<fs::path> found(const Plan& plan) {
     }
     ::globfree(&paths);
     if (error != 0) {
-      throw ConfigError(fmt::format("{}: no file is called '{}'", plan.name, whole.string()));
+      throw ConfigError(fmt::format("{}: no file is called '{}'", plan.name, (plan.folder / pattern).string()));
     }
   }
   return {all.begin(), all.end()};
@@ -197,8 +210,7 @@ class Resolving {
 
   void add(const PlanMethod& from, SweepMethod method) {
     Method m = parse_method(method.label, reader());
-    if (const std::string recorded = m.needs().evicted_at;
-        !recorded.empty() && fs::path(recorded).is_relative() && !plan_.folder.empty()) {
+    if (const std::string recorded = m.needs().evicted_at; !recorded.empty() && fs::path(recorded).is_relative()) {
       method.label = here(method.label, recorded);
       m = parse_method(method.label, reader());
     }
@@ -254,11 +266,11 @@ class Resolving {
     return part.config();
   }
 
-  // The method's text with the file of recorded evictions where the plan lies.
+  // The method's text with the file of recorded evictions where the plan lies, the same from every working folder.
   std::string here(const std::string& text, const std::string& recorded) {
     for (const MethodParam& p : params_of(text, reader())) {
       if (p.param->type == ParamType::file && p.value.text == recorded) {
-        return with_settings(text, {{p, (plan_.folder / recorded).lexically_normal().string()}});
+        return with_settings(text, {{p, fs::absolute(plan_.folder / recorded).lexically_normal().string()}});
       }
     }
     return text;
@@ -268,6 +280,11 @@ class Resolving {
     std::map<std::string, std::string> stems;
     std::set<int> layers;  // that any trace has
     for (const fs::path& path : found(plan_)) {
+      try {
+        Json(path.string()).dump();
+      } catch (const Json::type_error&) {
+        throw ConfigError(path.string() + ": the name is no UTF-8 text, as results need; rename it");
+      }
       const auto [other, first] = stems.emplace(path.stem().string(), path.string());
       if (!first) {
         throw ConfigError(fmt::format("{} and {} are both called '{}'; rename one, results name them so", other->second,

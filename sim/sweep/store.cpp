@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "policies/errors.hpp"
 #include "sim/results.hpp"
 #include "sim/sweep/resolved.hpp"
 
@@ -201,9 +202,13 @@ bool Store::body(const ItemHead& head, std::string& out) {
     return true;
   }
   name_damaged(head.file, "it is damaged");
-  if (head.kind == ItemKind::cells) {
-    std::error_code ignored;
-    fs::rename(head.file, head.file.string() + std::string(kAside), ignored);
+  if (head.kind != ItemKind::failed) {
+    std::error_code error;
+    fs::rename(head.file, head.file.string() + std::string(kAside), error);
+    if (error && error != std::errc::no_such_file_or_directory) {  // then another process has set it aside
+      throw ConfigError(
+          fmt::format("{} is damaged and cannot be renamed: {}; remove it", head.file.string(), error.message()));
+    }
   }
   std::vector<std::string>& names = files_[head.id.substr(0, kIdLength)];
   names.erase(std::remove(names.begin(), names.end(), head.file.filename().string()), names.end());

@@ -56,7 +56,7 @@ class Store {
   // Of all files whose keys share this, by file name, whatever their kind. A damaged one is named in `damaged` and is
   // as if it were not there.
   std::vector<ItemHead> heads(const std::string& id);
-  // False where it is damaged: it is named, and finished cells are set aside, so that nobody takes them for finished.
+  // False where it is damaged: it is named, and what was measured is set aside, so that nobody takes it for finished.
   bool body(const ItemHead&, std::string& out);
   // Written, synced and renamed to NAME.KIND; throws where the disk is full.
   void add(const ItemHead&, const std::string& body, const std::string& name) const;

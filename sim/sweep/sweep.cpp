@@ -29,7 +29,7 @@ using Json = nlohmann::ordered_json;
 // sweep.json as it is; not an object where it is damaged.
 Json json_of(const fs::path& folder) {
   std::ifstream in(folder / "sweep.json", std::ios::binary);
-  if (!in) {
+  if (std::error_code error; !in || fs::is_directory(folder / "sweep.json", error)) {
     throw ConfigError(folder.string() + " is no folder of a sweep: it has no sweep.json");
   }
   const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
@@ -109,7 +109,9 @@ class Sweeping {
 
   std::string find_units_to_measure(const std::string& units) {
     Store store(items());
-    return text_of(units_to_measure(sweep_, store, units_of(units)));
+    const std::string left = text_of(units_to_measure(sweep_, store, units_of(units)));
+    name_damaged(store);
+    return left;
   }
 
   void name_damaged(const Store& store) {

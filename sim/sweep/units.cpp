@@ -91,7 +91,9 @@ std::vector<Unit> units_to_measure(const Sweep& sweep, Store& store, const std::
       const std::string group = sweep.measured_group(trace, layer);
       std::set<std::string> known;
       for (const ItemHead& head : store.heads(group)) {
-        known.insert(head.keys.begin(), head.keys.end());
+        if (std::string body; store.body(head, body)) {
+          known.insert(head.keys.begin(), head.keys.end());
+        }
       }
       Unit unit{t, layer, {}};
       for (const std::string& text : allocators) {

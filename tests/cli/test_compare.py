@@ -155,8 +155,7 @@ def test_a_reader_that_leaves_is_no_error(out):
     assert (done.stdout, done.stderr) == ("{", "")
 
 
-def test_files_beside_the_user_are_not_imported(trace, tmp_path):
-    good_run(trace, tmp_path / "out", "--method", "h2o", "--budget", "16")
+def test_files_beside_the_user_are_not_imported(out, tmp_path):
     (tmp_path / "copy.py").write_text("raise SystemExit('imported')\n")
-    done = kvreplay("league", "out", "--metric", "error", cwd=tmp_path)
+    done = kvreplay("league", out, "--metric", "error", cwd=tmp_path, env=PYTHON)
     assert done.returncode == 0 and "imported" not in done.stderr, done.stderr

@@ -255,6 +255,15 @@ def test_allocators_that_measure_layers(plan, tmp_path):
         assert sweep(plan, tmp_path / f"s{i}", "--shard", f"{i}/2").returncode == 0
     assert kvreplay("merge", tmp_path / "s0", tmp_path / "s1", "--out", tmp_path / "all").returncode == 0
     assert (tmp_path / "all" / "cells.csv").read_bytes() == (out / "cells.csv").read_bytes()
+    # Damaged numbers are measured again where a cell needs them, and never divided by.
+    for item in items(out, "measured"):
+        item.write_bytes(item.read_bytes()[:-3] + b"9\n]")
+    for item in items(out):
+        item.unlink()
+    done = sweep(plan, out)
+    assert done.returncode == 0 and done.stderr.count("damaged") == 4, done.stderr
+    assert sorted(p.read_bytes() for p in items(out, "measured")) == sorted(measured.values())
+    assert (tmp_path / "all" / "cells.csv").read_bytes() == (out / "cells.csv").read_bytes()
 
 
 # --- once and for all -------------------------------------------------------------------------------------------------
@@ -465,7 +474,24 @@ def test_wrong_folders(plan, tmp_path):
     assert_refused(sweep(plan, tmp_path / "file"), 2, "file")
     assert_refused(kvreplay("status", tmp_path / "full"), 2, "full", "sweep.json")
     assert_refused(kvreplay("merge", tmp_path / "full", "--out", tmp_path / "out"), 2, "full", "sweep.json")
+    assert_refused(kvreplay("merge", tmp_path / "full", "--out", ""), 2, "--out", "empty")
+    assert_refused(sweep(tmp_path / "full", tmp_path / "out"), 2, "full", "is a folder")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_any_kind(plan, tmp_path):
+    """The plan's own folder is no pattern; where the sweep is started from is no part of a cell."""
+    folder = tmp_path / "a [b]*?\\, c"
+    folder.mkdir()
+    for trace in ("a.h5", "b.h5"):
+        os.link(tmp_path / trace, folder / trace)
+    write_plan(folder, plan.read_text())
+    good_sweep(folder / "plan.toml", tmp_path / "out")
+    before = state(tmp_path / "out")
+    assert kvreplay("sweep", "plan.toml", "--out", tmp_path / "out", cwd=folder).returncode == 0
+    assert state(tmp_path / "out") == before
+    os.link(tmp_path / "a.h5", os.fsencode(folder) + b"/\xfc.h5")
+    assert_refused(sweep(folder / "plan.toml", tmp_path / "latin", errors="replace"), 2, "UTF-8")
 
 
 def test_two_traces_of_one_name(plan, tmp_path):

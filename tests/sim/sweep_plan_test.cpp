@@ -132,6 +132,8 @@ TEST_CASE("what is wrong with a plan is one sentence that says where") {
   CHECK_THAT(refusal("x = "), Contains("plan.toml line 1: "));
   CHECK_THAT(refusal("x = {a = 5to = 1}"), Contains("plan.toml"));
   CHECK_THAT(refusal("# \xC3\xA9\nx = '\xC3\xA9'\ny\xC3\xA9 = 1\n"), Contains("plan.toml line 3: a character beyond"));
+  CHECK(parse_plan(kLeast + "budgets = [1.0, 20, 0.00001, '25%', 0.1]\n", "plan.toml").budgets ==
+        Texts{"1.0", "20", "0.00001", "25%", "0.1"});  // 1.0 is all of the prompt, and not one token
   CHECK(refusal(kLeast + "budgets = [8] # \xC3\xA9\n") == "accepted");
   CHECK_THAT(refusal(kLeast + "x = \"\"\"\n\\\"\xC3\xA9\"\"\"\n\xC3\xA9"), Contains("plan.toml line 5: "));
   CHECK_THAT(refusal("methods = [\"h2o\"]"), Contains("no trace is given"));
