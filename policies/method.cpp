@@ -192,7 +192,8 @@ PartUse* add_part(Phase& phase, const std::string& name, bool first) {
   }
   if (first && info->role != Role::select) {
     throw ConfigError(quoted(name) + " is " + (info->role == Role::allocate ? "an " : "a ") + role_name(info->role) +
-                      "; a method starts with a selector, for example h2o+" + name);
+                      "; a method starts with a selector, for example " +
+                      (info->role == Role::read ? "full+" : "h2o+") + name);
   }
   if (const auto it = phase.parts.find(info->role); it != phase.parts.end()) {
     throw ConfigError(quoted(name) + " and " + quoted(it->second.info->name) + " are both " + role_name(info->role) +
