@@ -231,6 +231,8 @@ void import_npz(const std::filesystem::path& in, const std::filesystem::path& ou
   meta.architecture = options.architecture;
   meta.dtype = name_of(meta.element);
   meta.provenance = options.provenance;
+  meta.n_tokens = n_tokens;
+  name_spans(meta, options.spans);
   meta.generator = options.generator;
   if (options.rope_theta != 0) {
     if (!std::isfinite(options.rope_theta) || options.rope_theta <= 1) {

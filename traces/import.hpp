@@ -22,6 +22,7 @@ struct ImportOptions {
   double logit_softcap = 0;
   int sliding_window = 0;  // of every layer
   bool qk_norm = false;
+  std::vector<Span> spans;  // named ranges of tokens
   std::string model_name, architecture, provenance, generator;
   Profile profile = Profile::working;
   ArchiveLayout archive;

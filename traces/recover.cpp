@@ -14,8 +14,8 @@ Pos recover(const std::filesystem::path& in, const std::filesystem::path& out) {
   if (info.complete) {
     throw std::invalid_argument(in.string() + " is complete; there is nothing to recover");
   }
-  repack(in, out, Profile::working, {},
-         fmt::format("The capture was interrupted; its first {} tokens were recovered.", info.n_tokens));
+  repack(in, out,
+         {.note = fmt::format("The capture was interrupted; its first {} tokens were recovered.", info.n_tokens)});
   return info.n_tokens;
 }
 

@@ -55,8 +55,8 @@ void copy_array(const StoredArray& stored, const hdf5::Dataset& to, const std::s
 
 }  // namespace
 
-void repack(const std::filesystem::path& in, const std::filesystem::path& out, Profile profile,
-            const ArchiveLayout& layout, const std::string& note) {
+void repack(const std::filesystem::path& in, const std::filesystem::path& out, const RepackOptions& options) {
+  const ArchiveLayout& layout = options.archive;
   if (layout.chunk_tokens < 1 || layout.deflate < 1 || layout.deflate > 9) {
     throw std::invalid_argument("an archive has chunks of at least 1 token and deflate 1 to 9");
   }
@@ -68,14 +68,15 @@ void repack(const std::filesystem::path& in, const std::filesystem::path& out, P
   for (const std::string& piece : trace.info().pieces) {
     plan.piece_bytes = std::max({plan.piece_bytes, piece.size(), std::size_t{1}});
   }
-  plan.profile = profile;
+  plan.profile = options.profile;
   plan.archive = layout;
   for (const int layer : trace.info().layers) {
     plan.layers.push_back(plan_of(trace, layer));
   }
-  if (!note.empty()) {
-    plan.info.provenance += (plan.info.provenance.empty() ? "" : "\n") + note;
+  if (!options.note.empty()) {
+    plan.info.provenance += (plan.info.provenance.empty() ? "" : "\n") + options.note;
   }
+  name_spans(plan.info, options.spans);
 
   // Not NAME.part: that may be the very capture that is being recovered.
   const std::filesystem::path part = out.string() + ".packing";

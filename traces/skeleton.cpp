@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 
 #include "traces/schema.hpp"
 
@@ -145,6 +146,26 @@ void create_layer(const Group& layers, const LayerPlan& layer, const TracePlan& 
 }
 
 }  // namespace
+
+void name_spans(TraceInfo& info, const std::vector<Span>& spans) {
+  for (const Span& span : spans) {
+    if (span.name.empty()) {
+      throw std::invalid_argument("a span has an empty name");
+    }
+    if (span.begin < 0 || span.begin >= span.end || span.end > info.n_tokens) {
+      throw std::invalid_argument(
+          fmt::format("span '{}' is [{}, {}), but it must begin before its end, and the trace has {} tokens", span.name,
+                      span.begin, span.end, info.n_tokens));
+    }
+    const auto same =
+        std::find_if(info.spans.begin(), info.spans.end(), [&](const Span& other) { return other.name == span.name; });
+    if (same == info.spans.end()) {
+      info.spans.push_back(span);
+    } else {
+      *same = span;
+    }
+  }
+}
 
 hdf5::Type storage_type(ElementType type) {
   switch (type) {

@@ -44,6 +44,10 @@ struct TracePlan {
   ArchiveLayout archive;
 };
 
+// Adds spans, or replaces those of the same names. Throws std::invalid_argument: an empty name, a span without tokens
+// or beyond the trace's n_tokens.
+void name_spans(TraceInfo& info, const std::vector<Span>& spans);
+
 hdf5::Type storage_type(ElementType type);
 std::string layer_name(int layer);  // "004"
 

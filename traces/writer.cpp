@@ -438,7 +438,7 @@ void TraceWriter::close() {
   const Held held{std::exchange(fd_, -1)};  // nobody else writes the file before it has its final name
   try {
     if (options_.profile == Profile::archive) {
-      repack(part_, path_, Profile::archive, options_.archive);
+      repack(part_, path_, {.profile = Profile::archive, .archive = options_.archive});
       std::filesystem::remove(part_);
       return;
     }

@@ -79,8 +79,9 @@ void headscores(const Options& o) {
   const TraceInfo& info = trace.info();
   const std::vector<TokenSpan> spans = spans_of(info);
   if (spans.empty()) {
-    throw ConfigError(o.trace +
-                      ": headscores needs named spans of tokens, but the trace has none; kvtrace.py writes them");
+    throw ConfigError(
+        o.trace +
+        ": headscores needs named spans of tokens, but the trace has none; 'kvreplay repack --span' names them");
   }
   check_span_names(o.trace, spans, o.spans);
   if (info.n_tokens - info.prompt_len < 2) {

@@ -106,6 +106,41 @@ Profile parse_profile(const std::string& name) {
   throw ConfigError("profile '" + name + "' is unknown; allowed are working and archive");
 }
 
+// "needle=120:134"
+Span parse_span(const std::string& text) {
+  // The last '=': a name may have one.
+  const std::size_t equals = text.rfind('=');
+  const auto refuse = [&] { throw ConfigError("--span '" + text + "' cannot be read; NAME=BEGIN:END is expected"); };
+  if (equals == std::string::npos || equals == 0) {
+    refuse();
+  }
+  Span span{text.substr(0, equals)};
+  const char* const end = text.data() + text.size();
+  const auto first = std::from_chars(text.data() + equals + 1, end, span.begin);
+  if (first.ec != std::errc() || first.ptr == end || *first.ptr != ':') {
+    refuse();
+  }
+  const auto last = std::from_chars(first.ptr + 1, end, span.end);
+  if (last.ec != std::errc() || last.ptr != end) {
+    refuse();
+  }
+  return span;
+}
+
+void add_spans(CLI::App& command, std::vector<Span>& spans) {
+  command
+      .add_option_function<std::vector<std::string>>(
+          "--span",
+          [&spans](const std::vector<std::string>& texts) {
+            spans.clear();
+            std::transform(texts.begin(), texts.end(), std::back_inserter(spans), parse_span);
+          },
+          "name tokens BEGIN to END (END not among them), as needle=120:134; can be repeated")
+      ->type_name("NAME=BEGIN:END")
+      ->expected(1)
+      ->take_all();
+}
+
 // Who made the file, as the format wants it.
 std::string generator(const CLI::App& command) {
   nlohmann::ordered_json json;
@@ -194,21 +229,23 @@ void add_repack(CLI::App& app) {
   struct Options {
     std::string in, profile;
     Output out;
-    ArchiveLayout layout;
+    RepackOptions repack;
   };
-  CLI::App* command = app.add_subcommand("repack", "Rewrite a trace in the other profile; its content stays the same");
+  CLI::App* command = app.add_subcommand("repack", "Rewrite a trace in the other profile, or with named spans");
   const auto o = std::make_shared<Options>();
   command->add_option("in", o->in, "a trace")->required();
   add_output(*command, o->out);
   command->add_option("--profile", o->profile, "working (contiguous, fast) or archive (compressed)")->required();
-  command->add_option("--chunk-tokens", o->layout.chunk_tokens, "tokens per chunk of an archive")
+  command->add_option("--chunk-tokens", o->repack.archive.chunk_tokens, "tokens per chunk of an archive")
       ->capture_default_str();
-  command->add_option("--deflate", o->layout.deflate, "compression of an archive, 1 to 9")->capture_default_str();
+  command->add_option("--deflate", o->repack.archive.deflate, "compression of an archive, 1 to 9")
+      ->capture_default_str();
+  add_spans(*command, o->repack.spans);
   command->callback([o] {
     run([&] {
-      const Profile profile = parse_profile(o->profile);
+      o->repack.profile = parse_profile(o->profile);
       check_output(o->out, o->in);
-      repack(o->in, o->out.path, profile, o->layout);
+      repack(o->in, o->out.path, o->repack);
     });
   });
 }
@@ -239,6 +276,7 @@ void add_import(CLI::App& app) {
   command->add_option("--model-name", import.model_name, "name of the model");
   command->add_option("--architecture", import.architecture, "its architecture");
   command->add_option("--provenance", import.provenance, "where the data come from and under which licence");
+  add_spans(*command, import.spans);
   command->add_option("--profile", o->profile, "working or archive")->capture_default_str();
   command->add_option("--chunk-tokens", import.archive.chunk_tokens, "tokens per chunk of an archive")
       ->capture_default_str();

@@ -36,6 +36,35 @@ def test_spans_are_needed_and_named(tmp_path):
     assert not out.exists()
 
 
+def spans_of(path):
+    return [(s["name"], s["begin"], s["end"]) for s in json.loads(harness.kvreplay("info", path, "--json").stdout)["spans"]]
+
+
+def test_a_trace_gets_spans_by_name(tmp_path):
+    path, named = trace(tmp_path / "t.h5", **SPANS), tmp_path / "named.h5"
+    result = harness.kvreplay("repack", path, named, "--profile", "archive", "--span", "a=b=3:5", "--span", "needle=0:64")
+    assert result.returncode == 0, result.stderr
+    assert spans_of(named) == [("system", 0, 6), ("needle", 0, 64), ("question", 50, 64), ("a=b", 3, 5)]
+    assert harness.kvreplay("verify", named).returncode == 0
+    for bad, words in (("needle", "NAME=BEGIN:END"), ("=0:5", "NAME=BEGIN:END"), ("x=1:2:3", "NAME=BEGIN:END"),
+                       ("x=1.5:2", "NAME=BEGIN:END"), ("x=5:5", "before its end"), ("x=90:97", "96 tokens"),
+                       ("x=-1:4", "before its end"), ("x=0:99999999999", "NAME=BEGIN:END")):
+        refused(harness.kvreplay("repack", path, tmp_path / "no.h5", "--profile", "working", "--span", bad), words)
+    assert not (tmp_path / "no.h5").exists()
+
+
+def test_an_import_gets_spans_by_name(tmp_path):
+    q, k, v = harness.arrays(n_heads=4, n_kv_heads=2, layers=(0,))
+    np.savez(tmp_path / "in.npz", token_ids=np.arange(96, dtype=np.int32), q0=q[0], k0=k[0], v0=v[0])
+    options = ["--prompt-len", 64, "--attention-scale", 0.25]
+    result = harness.kvreplay("import", tmp_path / "in.npz", tmp_path / "t.h5", *options, "--span", "needle=20:30")
+    assert result.returncode == 0, result.stderr
+    assert spans_of(tmp_path / "t.h5") == [("needle", 20, 30)]
+    # Of the tokens that are imported.
+    refused(harness.kvreplay("import", tmp_path / "in.npz", tmp_path / "no.h5", *options, "--tokens", 80, "--span",
+                             "x=70:96"), "80 tokens")
+
+
 def test_whitelisted_spans_stay_and_fair_ones_keep_their_share(tmp_path):
     path = trace(tmp_path / "t.h5", **SPANS)
     result = harness.run(path, tmp_path / "out", "-b", 16, "-m", "h2o+whitelist:spans=system:needle",

@@ -35,7 +35,7 @@ inline void use_trace(const std::filesystem::path& path, bool repacks) {
       return;
     }
     const std::filesystem::path out = scratch() / "repacked.h5";
-    repack(path, out, Profile::archive, {.chunk_tokens = 8, .deflate = 1});
+    repack(path, out, {.profile = Profile::archive, .archive = {.chunk_tokens = 8, .deflate = 1}});
     require(hash_trace(TraceReader(out)).content == report.hash, "repacking changed the content");
   });
 }

@@ -64,8 +64,9 @@ TEST_CASE("repacking there and back changes no content") {
   const TemporaryFolder folder;
   for (const ElementType element : {ElementType::f16, ElementType::bf16, ElementType::f32}) {
     write_small(folder / "a.h5", {.element = element, .queries = queries_decode(15, 40), .extras = true});
-    repack(folder / "a.h5", folder / "b.h5", Profile::archive, {.chunk_tokens = 7, .deflate = 9});
-    repack(folder / "b.h5", folder / "c.h5", Profile::working);
+    repack(folder / "a.h5", folder / "b.h5",
+           {.profile = Profile::archive, .archive = {.chunk_tokens = 7, .deflate = 9}});
+    repack(folder / "b.h5", folder / "c.h5");
     const TraceReader a(folder / "a.h5"), b(folder / "b.h5"), c(folder / "c.h5");
     CHECK(a.info().content_hash == hash_trace(a).content);
     CHECK(hash_trace(b).content == a.info().content_hash);
@@ -73,7 +74,7 @@ TEST_CASE("repacking there and back changes no content") {
     CHECK(c.info().uuid == a.info().uuid);
     CHECK(c.info().pieces == a.info().pieces);
     CHECK(c.info().rope.inv_freq == a.info().rope.inv_freq);
-    repack(folder / "b.h5", folder / "d.h5", Profile::working);
+    repack(folder / "b.h5", folder / "d.h5");
     CHECK((file_bytes(folder / "c.h5") == file_bytes(folder / "d.h5")));  // same command, same bytes
     CHECK_FALSE(std::filesystem::exists(folder / "b.h5.packing"));
   }
@@ -103,11 +104,31 @@ TEST_CASE("an interrupted capture is recovered under its own final name") {
   CHECK(TraceReader(folder / "t.h5.part").info().n_tokens == 25);  // the input is left as it was
 }
 
+TEST_CASE("repacking can name spans, and changes nothing else") {
+  const TemporaryFolder folder;
+  write_small(folder / "a.h5", {.queries = queries_decode(15, 40), .extras = true});
+  const TraceReader a(folder / "a.h5");
+  REQUIRE(a.info().spans.size() == 1);
+  const Span own = a.info().spans[0];
+  repack(folder / "a.h5", folder / "b.h5", {.spans = {{"question", 10, 15}, {"all", 0, 40}}});
+  const TraceReader b(folder / "b.h5");
+  CHECK(b.info().spans == std::vector<Span>{own, {"question", 10, 15}, {"all", 0, 40}});
+  CHECK(hash_trace(b).arrays == hash_trace(a).arrays);
+  CHECK(hash_trace(b).content == b.info().content_hash);
+  CHECK(b.info().content_hash != a.info().content_hash);
+  repack(folder / "b.h5", folder / "c.h5", {.profile = Profile::archive, .spans = {{"question", 0, 1}}});
+  CHECK(TraceReader(folder / "c.h5").info().spans == std::vector<Span>{own, {"question", 0, 1}, {"all", 0, 40}});
+  for (const Span& bad : {Span{"", 0, 1}, Span{"x", 5, 5}, Span{"x", -1, 5}, Span{"x", 5, 41}}) {
+    CHECK_THROWS_AS(repack(folder / "a.h5", folder / "d.h5", {.spans = {bad}}), std::invalid_argument);
+  }
+  CHECK_FALSE(std::filesystem::exists(folder / "d.h5"));
+}
+
 TEST_CASE("an unwritable place is one sentence and leaves nothing") {
   const TemporaryFolder folder;
   CHECK_THROWS_AS(write_small(folder / "no/such/folder/t.h5"), TraceError);
   write_small(folder / "a.h5");
-  CHECK_THROWS(repack(folder / "a.h5", folder / "no/b.h5", Profile::archive));
+  CHECK_THROWS(repack(folder / "a.h5", folder / "no/b.h5"));
   CHECK_FALSE(std::filesystem::exists(folder / "no"));
 }
 
