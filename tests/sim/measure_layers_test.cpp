@@ -1,8 +1,10 @@
-// Allocators that measure: what they are shown, and runs whose layers get budgets from it, against float64.
+// Budgets that layers and heads of a model share: what allocators that measure are shown, and runs whose budgets come
+// of it or of a table of heads, against float64.
 #include "sim/measure_layers.hpp"
 
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <fstream>
 #include <map>
 
 #include "policies/errors.hpp"
@@ -64,7 +66,7 @@ PartUse with_queries(const PartInfo& info, int queries) {
 }
 
 // Layers of one model: each a toy of its own.
-std::vector<ToyLayer> toys(int group_size, Pos prompt_len, int n_layers = 4) {
+std::vector<ToyLayer> toys(int group_size, Pos prompt_len, int n_layers = 4, Element element = Element::f32) {
   std::vector<ToyLayer> all;
   for (int l = 0; l < n_layers; ++l) {
     ToyOptions o;
@@ -72,6 +74,7 @@ std::vector<ToyLayer> toys(int group_size, Pos prompt_len, int n_layers = 4) {
     o.n_tokens = 80;
     o.prompt_len = prompt_len;
     o.v_head_dim = 12;
+    o.element = element;
     o.seed = static_cast<unsigned>(100 * l + 10 * group_size + prompt_len);
     o.kind = l == 2 ? ToyKind::sharp : ToyKind::structured;
     all.push_back(make_toy_layer(o));
@@ -90,7 +93,7 @@ std::filesystem::path write(const std::filesystem::path& path, const std::vector
   meta.v_head_dim = o.v_head_dim;
   meta.attention_scale = layers[0].scale;
   meta.prompt_len = o.prompt_len;
-  meta.element = ElementType::f32;
+  meta.element = ElementType::f32;  // holds numbers of the shorter types as they are
   meta.sliding_window.assign(layers.size(), 0);
   for (int l = 0; l < meta.n_layers; ++l) {
     meta.layers.push_back(l);
@@ -156,6 +159,23 @@ double zigzag_statistic(const ToyLayer& toy, int last, double share) {
     }
   }
   return sum / static_cast<double>(mass.rows());
+}
+
+// HeadKV at beta 2 and a window of 3: what each of the model's heads keeps, by bisecting the pool's level, above which
+// no head has room.
+MatD headkv_budgets(const MatD& worth, int budget, Pos prompt_len, Pos n_tokens) {
+  const double shared = budget - 3;
+  if (shared < 1 || budget >= n_tokens) {
+    return MatD::Constant(worth.rows(), worth.cols(), budget);
+  }
+  const double own = shared - std::floor(shared / 2), pool = std::floor(shared / 2) * static_cast<double>(worth.size());
+  const double most = (budget <= prompt_len ? prompt_len : n_tokens) - 3 - own;
+  double low = 0, high = (pool + most) / worth.minCoeff();
+  for (int i = 0; i < 200; ++i) {
+    const double level = (low + high) / 2;
+    ((level * worth.array()).min(most).sum() < pool ? low : high) = level;
+  }
+  return (own + (low * worth.array()).min(most)).rint().max(-2) + 3;
 }
 
 struct Cells {
@@ -230,8 +250,9 @@ TEST_CASE("layers evict to the budgets that float64 gives them", "[layers]") {
   const int group_size = GENERATE(1, 3);
   const Pos prompt_len = GENERATE(1, 48);
   const int budget = GENERATE(1, 9, 80);
+  const Element element = GENERATE(Element::f32, Element::f16, Element::bf16);
   const kvreplay::test::TemporaryFolder folder;
-  const std::vector<ToyLayer> layers = toys(group_size, prompt_len);
+  const std::vector<ToyLayer> layers = toys(group_size, prompt_len, 4, element);
   const auto trace = write(folder / "toy.h5", layers);
   const auto n = static_cast<Eigen::Index>(layers.size());
   Eigen::ArrayXd f(n), tokens(n);
@@ -264,6 +285,38 @@ TEST_CASE("layers evict to the budgets that float64 gives them", "[layers]") {
     }
   }
   CHECK(total == n * budget);
+}
+
+TEST_CASE("heads evict to the shares of the model's pool that float64 gives them", "[layers]") {
+  const int group_size = GENERATE(1, 3);
+  const Pos prompt_len = GENERATE(1, 12, 48);
+  const int budget = GENERATE(1, 9, 20, 80);
+  const Element element = GENERATE(Element::f32, Element::f16, Element::bf16);
+  const kvreplay::test::TemporaryFolder folder;
+  const std::vector<ToyLayer> layers = toys(group_size, prompt_len, 4, element);
+  const auto trace = write(folder / "toy.h5", layers);
+  MatD worth(4, 2);
+  worth << 0.013, 0.291, 0.107, 0.057, 0.7219, 0.0031, 0.1301, 0.2113;
+  std::ofstream table(folder / "s.json");
+  for (int l = 0; l < 4; ++l) {
+    table << (l == 0 ? "{\"" : ", \"") << l << "\": [" << worth(l, 0) << ", " << worth(l, 1) << "]";
+  }
+  table << "}";
+  table.close();
+  const MatD budgets = headkv_budgets(worth, budget, prompt_len, 80);
+  const Cells cells = run_cells(request_of(
+      trace, "h2o:window=0+headkv:beta=2,window=3,scores=@" + (folder / "s.json").string(), std::to_string(budget)));
+  REQUIRE(cells.evicted.size() == layers.size());
+  for (int l = 0; l < 4; ++l) {
+    INFO("layer " << l << " of " << budgets << " at " << budget << ", prompt " << prompt_len);
+    CHECK(cells.budget.at(l) == static_cast<int>(std::rint(budgets.row(l).mean())));
+    SelectionRequest selection;
+    selection.traits.scope = Scope::kv_head;
+    selection.select = reference_h2o({0, false});
+    selection.budget = cells.budget.at(l);
+    selection.budgets = {static_cast<int>(budgets(l, 0)), static_cast<int>(budgets(l, 1))};
+    CHECK(check_selection(layers[static_cast<std::size_t>(l)], selection, cells.evicted.at(l)).excess <= 1e-5);
+  }
 }
 
 TEST_CASE("numbers that are known are not measured again, and give the same cells", "[layers]") {
