@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import re
 import subprocess
 
 import h5py
 import numpy as np
 import pytest
 
-from harness import KVREPLAY, arrays, assert_numbers, final_files, good_run, kvreplay, pick, write
+from harness import KVREPLAY, ROOT, arrays, assert_numbers, final_files, good_run, kvreplay, pick, write
 
 N_TOKENS, PROMPT = 80, 48
 
@@ -46,6 +47,23 @@ def whole_catalogue():
 
 def encodes(method):
     return any(part in method for part in ("kivi", "turboquant", "polarquant", "tada", "sals_store"))
+
+
+def test_the_demo_ranks_every_part():
+    """But what needs scores of the user's own, what is slow, and what stands for doing nothing."""
+    demo = (ROOT / "scripts" / "demo").read_text()
+    lists = re.search(r"^field=\(.*?\)$", demo, re.M | re.S).group(0)
+    words = subprocess.run(["bash", "-c", f'{lists}; printf "%s\\n" "${{field[@]}}"'], capture_output=True, text=True,
+                           check=True).stdout.split()
+    compensators = re.search(r"--compensators (\S+) --threads.*field", demo).group(1).split(",")
+    expansions = {preset["name"]: preset["expansion"] for preset in catalogue()["presets"]}
+    used = set()
+    for word in [*words, *compensators]:
+        for piece in re.split(r"[+/]", word):
+            name = piece.split(":")[0]
+            used |= {p.split(":")[0] for p in re.split(r"[+/]", expansions.get(name, name))}
+    missing = {part["name"] for part in catalogue()["parts"]} - used
+    assert missing == {"given", "oracle_greedy", "uniform", "none"}
 
 
 @pytest.fixture(scope="module")
