@@ -18,6 +18,7 @@
 #include "policies/help.hpp"
 #include "policies/values.hpp"
 #include "sim/load.hpp"
+#include "sim/plugins.hpp"
 #include "sim/run.hpp"
 #include "sim/version.hpp"
 #include "traces/reader.hpp"
@@ -691,6 +692,7 @@ class Tuning {
     j["n_kv_heads"] = n_kv_heads_;
     j["heads_share_budget"] = base_.allocate || base_.prefill_allocate;
     j["seed"] = request_.seed;
+    j["plugins"] = plugins_json();
     j["tuned"] = tuned;
     return j;
   }

@@ -1,11 +1,10 @@
 #include "analysis/tuned_methods.hpp"
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "policies/errors.hpp"
+#include "sim/whole_file.hpp"
 
 namespace kvreplay {
 namespace {
@@ -15,12 +14,10 @@ using Json = nlohmann::json;
 
 TunedMethods read_tuned(const fs::path& file) {
   const fs::path path = fs::is_directory(file) ? file / "tuned.json" : file;
-  std::ifstream in(path, std::ios::binary);
-  if (!in) {
+  if (!fs::exists(path)) {
     throw ConfigError("--params-from " + file.string() + ": cannot be opened; give the tuned.json of kvreplay tune");
   }
-  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  const Json j = Json::parse(text, nullptr, false);
+  const Json j = Json::parse(read_whole(path), nullptr, false);
   if (!j.is_object() || j.value("format", "") != "kvreplay-tuned" || !j.contains("tuned") || !j["tuned"].is_array()) {
     throw ConfigError("--params-from " + file.string() + " is not a tuned.json of kvreplay tune");
   }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <set>
 
 #include "policies/catalogue.hpp"
@@ -137,6 +138,18 @@ void load_plugin(const fs::path& path) {
 }
 
 std::span<const std::unique_ptr<const Plugin>> loaded_plugins() { return plugins(); }
+
+nlohmann::json plugins_json() {
+  nlohmann::json all = nlohmann::json::array();
+  for (const auto& plugin : plugins()) {
+    nlohmann::json parts = nlohmann::json::array();
+    for (const PartInfo& part : plugin->parts) {
+      parts.push_back(part.name);
+    }
+    all.push_back({{"path", plugin->path.string()}, {"sha256", plugin->sha256}, {"parts", parts}});
+  }
+  return all;
+}
 
 std::string plugin_hash(const PartInfo& part) {
   for (const auto& p : plugins()) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <filesystem>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,6 +22,7 @@ struct Plugin {
 // taken.
 void load_plugin(const std::filesystem::path&);
 std::span<const std::unique_ptr<const Plugin>> loaded_plugins();  // in order of loading
+nlohmann::json plugins_json();                                    // as results list them: path, sha256, parts of each
 // The hash of the file that a part came from; empty for a built-in part. What identifies results beside the part's
 // name.
 std::string plugin_hash(const PartInfo&);

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <chrono>
 #include <ctime>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -19,6 +18,7 @@
 #include "sim/plugins.hpp"
 #include "sim/set.hpp"
 #include "sim/version.hpp"
+#include "sim/whole_file.hpp"
 #include "traces/hash.hpp"
 #include "traces/hdf5.hpp"
 
@@ -189,8 +189,8 @@ class Run {
     const int n_steps = input.n_steps();
     for (int step : request_.output_steps) {
       if (step >= n_steps) {
-        throw ConfigError(fmt::format("--steps: {} is past the last of {}'s {} decode steps, which is {}", step,
-                                      input.reader.info().path.string(), n_steps, n_steps - 1));
+        throw ConfigError(fmt::format("outputs are asked for at step {}, but the last of {}'s {} decode steps is {}",
+                                      step, input.reader.info().path.string(), n_steps, n_steps - 1));
       }
     }
   }
@@ -784,14 +784,7 @@ class Run {
     for (const auto& [name, file] : request_.tables) {
       j["table_files"][name] = file.string();
     }
-    j["plugins"] = json::array();
-    for (const auto& plugin : loaded_plugins()) {
-      json parts = json::array();
-      for (const PartInfo& part : plugin->parts) {
-        parts.push_back(part.name);
-      }
-      j["plugins"].push_back({{"path", plugin->path.string()}, {"sha256", plugin->sha256}, {"parts", parts}});
-    }
+    j["plugins"] = plugins_json();
     j["budgets"] = budgets_;
     j["compensators"] = json::array();
     j["compensator_tables"] = json::object();
@@ -914,17 +907,8 @@ std::vector<int> parse_integers(const std::string& option, const std::string& te
 
 // {"0": 0.9, "1": [0.8, 0.7]}: model layer number to one value, or one per KV head.
 ValueTable read_value_table(const std::string& path) {
-  if (std::error_code error; fs::is_directory(path, error)) {
-    throw ConfigError(path + ": is a folder, but a file is expected");
-  }
-  std::ifstream in(path, std::ios::binary);
-  if (!in) {
-    throw ConfigError(path + ": cannot be opened");
-  }
-  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  Sha256 hash;
-  hash.add(std::as_bytes(std::span(text)));
-  ValueTable table{.path = path, .hash = hash.hex(), .layers = {}, .values = {}};
+  const std::string text = read_whole(path);
+  ValueTable table{.path = path, .hash = sha256(text), .layers = {}, .values = {}};
   const json j = json::parse(text, nullptr, false);
   if (!j.is_object() || j.empty()) {
     throw ConfigError(path + ": expected a JSON object of layer numbers, as {\"0\": 0.9, \"1\": [0.8, 0.7]}");

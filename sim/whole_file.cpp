@@ -5,7 +5,10 @@
 
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <stdexcept>
+
+#include "policies/errors.hpp"
 
 namespace kvreplay {
 namespace {
@@ -13,6 +16,24 @@ namespace {
 constexpr std::size_t kPiece = std::size_t{1} << 20;
 
 }  // namespace
+
+std::string read_whole(const std::filesystem::path& path) {
+  if (std::error_code error; std::filesystem::is_directory(path, error)) {
+    throw ConfigError(path.string() + ": is a folder, but a file is expected");
+  }
+  std::ifstream in(path, std::ios::binary);
+  if (!in) {
+    throw ConfigError(path.string() + ": cannot be opened: " + std::strerror(errno));
+  }
+  std::string text;
+  for (char block[1 << 16]; in.read(block, sizeof block), in.gcount() > 0;) {
+    text.append(block, static_cast<std::size_t>(in.gcount()));
+  }
+  if (in.bad()) {
+    throw ConfigError(path.string() + ": cannot be read");
+  }
+  return text;
+}
 
 WholeFile::WholeFile(const std::filesystem::path& path, const std::filesystem::path& part)
     : path_(path), part_(part.empty() ? std::filesystem::path(path.string() + ".part") : part) {

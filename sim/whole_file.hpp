@@ -1,10 +1,13 @@
-// A text file of any size that appears under its final name whole or not at all.
+// Files that are read in one go, and text files of any size that appear under their final names whole or not at all.
 #pragma once
 #include <filesystem>
 #include <string>
 #include <string_view>
 
 namespace kvreplay {
+
+// Throws ConfigError: a folder, a file that cannot be opened or read.
+std::string read_whole(const std::filesystem::path& path);
 
 class WholeFile {
  public:

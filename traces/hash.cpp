@@ -45,6 +45,12 @@ std::string Sha256::hex() {
   return text;
 }
 
+std::string sha256(std::string_view text) {
+  Sha256 hash;
+  hash.add(std::as_bytes(std::span(text)));
+  return hash.hex();
+}
+
 namespace {
 
 constexpr std::size_t kPiece = std::size_t{1} << 20;  // bytes hashed at a time

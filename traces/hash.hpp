@@ -26,6 +26,8 @@ class Sha256 {
   std::unique_ptr<State> state_;
 };
 
+std::string sha256(std::string_view text);  // hex
+
 struct TraceHashes {
   std::string content;                        // "sha256:..."
   std::map<std::string, std::string> arrays;  // hex, by "layers/004/k"

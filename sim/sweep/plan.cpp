@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
-#include <fstream>
-#include <iterator>
 #include <limits>
 
 #include "policies/catalogue.hpp"
@@ -17,6 +15,7 @@
 #include "sim/metrics.hpp"
 #include "sim/run.hpp"
 #include "sim/sweep/toml.hpp"
+#include "sim/whole_file.hpp"
 
 namespace kvreplay {
 namespace {
@@ -396,15 +395,7 @@ Plan parse_plan(std::string_view text, const std::string& name) {
 }
 
 Plan read_plan(const std::filesystem::path& file) {
-  if (std::error_code error; std::filesystem::is_directory(file, error)) {
-    throw ConfigError(file.string() + ": the plan is a folder; name its file");
-  }
-  std::ifstream in(file, std::ios::binary);
-  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  if (!in) {
-    throw ConfigError(file.string() + ": the plan cannot be read");
-  }
-  Plan p = parse_plan(text, file.string());
+  Plan p = parse_plan(read_whole(file), file.string());
   p.folder = file.parent_path();
   return p;
 }

@@ -6,7 +6,6 @@
 #include <sys/stat.h>
 
 #include <algorithm>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -17,6 +16,7 @@
 #include "sim/load.hpp"
 #include "sim/plugins.hpp"
 #include "sim/run.hpp"
+#include "sim/whole_file.hpp"
 #include "traces/hash.hpp"
 
 namespace kvreplay {
@@ -26,18 +26,6 @@ namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
 constexpr std::size_t kMostMethods = 1000000;
-
-std::string file_hash(const fs::path& path) {
-  if (std::error_code error; fs::is_directory(path, error)) {
-    throw ConfigError(path.string() + ": is a folder, but a file is expected");
-  }
-  std::ifstream in(path, std::ios::binary);
-  const std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  if (!in) {
-    throw ConfigError(path.string() + ": cannot be opened");
-  }
-  return sha256(bytes);
-}
 
 // A name that glob() takes as it is.
 std::string literal(const std::string& name) {
@@ -248,7 +236,7 @@ class Resolving {
       }
     }
     if (const std::string recorded = m.needs().evicted_at; !recorded.empty()) {
-      method.files[recorded] = file_hash(recorded);
+      method.files[recorded] = sha256(read_whole(recorded));
     }
     index_[m.name] = sweep_.methods.size();
     sweep_.methods.push_back(std::move(method));
@@ -364,12 +352,6 @@ std::string stamp_of(const fs::path& path) {
   struct stat s {};
   return ::stat(path.c_str(), &s) == 0 ? fmt::format("{} {}.{:09}", s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec)
                                        : "";
-}
-
-std::string sha256(std::string_view text) {
-  Sha256 hash;
-  hash.add(std::as_bytes(std::span(text)));
-  return hash.hex();
 }
 
 Sweep resolve(const Plan& plan) { return Resolving(plan)(); }

@@ -82,6 +82,5 @@ struct Sweep {
 Sweep resolve(const Plan&);
 
 std::string stamp_of(const std::filesystem::path&);  // "" where there is no file
-std::string sha256(std::string_view text);           // hex
 
 }  // namespace kvreplay

@@ -14,6 +14,7 @@
 #include "policies/errors.hpp"
 #include "sim/results.hpp"
 #include "sim/sweep/resolved.hpp"
+#include "traces/hash.hpp"
 
 namespace kvreplay {
 namespace {

@@ -4,8 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <map>
 #include <new>
 #include <nlohmann/json.hpp>
@@ -18,7 +16,9 @@
 #include "sim/sweep/rows.hpp"
 #include "sim/sweep/tables.hpp"
 #include "sim/version.hpp"
+#include "sim/whole_file.hpp"
 #include "traces/errors.hpp"
+#include "traces/hash.hpp"
 
 namespace kvreplay {
 namespace {
@@ -28,12 +28,11 @@ using Json = nlohmann::ordered_json;
 
 // sweep.json as it is; not an object where it is damaged.
 Json json_of(const fs::path& folder) {
-  std::ifstream in(folder / "sweep.json", std::ios::binary);
-  if (std::error_code error; !in || fs::is_directory(folder / "sweep.json", error)) {
+  const fs::path file = folder / "sweep.json";
+  if (std::error_code error; !fs::is_regular_file(file, error)) {
     throw ConfigError(folder.string() + " is no folder of a sweep: it has no sweep.json");
   }
-  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  return Json::parse(text, nullptr, false);
+  return Json::parse(read_whole(file), nullptr, false);
 }
 
 void refuse_other(const Json& j, const fs::path& folder) {

@@ -171,6 +171,16 @@ def test_a_plugin_is_known_to_the_other_commands(template, folder):
                             "--traces", "none.h5", "--out", folder / "tuned"), 2, "decoy", "decay")
 
 
+def test_a_tuned_value_names_the_code_that_it_is_for(template, folder, trace, tmp_path):
+    pytest.importorskip("matplotlib")
+    done = kvreplay("tune", "--plugin", template, "-m", "my_policy", "--param", "decay=0.5:1", "-b", "8", "--candidates",
+                    "3", "--traces", trace, "--threads", 1, "--out", tmp_path / "tuned")
+    assert done.returncode == 0, done.stderr
+    plugin, = json.loads((tmp_path / "tuned" / "tuned.json").read_text())["plugins"]
+    assert plugin == {"path": str(template), "parts": ["my_policy"],
+                      "sha256": hashlib.sha256(template.read_bytes()).hexdigest()}
+
+
 def test_a_sweep_knows_the_code_that_its_cells_came_from(template, folder, trace, tmp_path):
     plan = tmp_path / "plan.toml"
     plan.write_text(f'traces = ["{trace}"]\nmethods = ["h2o", "my_policy"]\nbudgets = [8]\n')
