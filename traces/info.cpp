@@ -165,6 +165,9 @@ std::string info_text(const TraceReader& trace) {
   line("created", info.created_utc);
   line("uuid", info.uuid);
   line("content_hash", info.content_hash.empty() ? "none" : info.content_hash);
+  // Names are what the file's writer put there, and a terminal obeys them.
+  std::replace_if(
+      text.begin(), text.end(), [](char c) { return (c >= 0 && c < ' ' && c != '\n') || c == '\x7f'; }, '?');
   return text;
 }
 

@@ -47,13 +47,35 @@ void add_plugin_option(CLI::App* command) {
       ->allow_extra_args(false);
 }
 
+std::string quoted(const std::string& text) {
+  if (!text.empty() &&
+      text.find_first_not_of("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789/._-+=:,@") ==
+          std::string::npos) {
+    return text;
+  }
+  std::string out = "'";
+  for (const char c : text) {
+    out += c == '\'' ? "'\\''" : std::string(1, c);
+  }
+  return out + "'";
+}
+
 int threads_or_all(int threads) {
   return threads > 0 ? threads : std::max(1, int(std::thread::hardware_concurrency()));
 }
 
+void say(const std::string& sentence) {
+  std::string line = fmt::format("kvreplay: {}", sentence);
+  // Names in a file are what its writer put there, and a terminal obeys them.
+  std::replace_if(
+      line.begin(), line.end(), [](char c) { return (c >= 0 && c < ' ') || c == '\x7f'; }, '?');
+  // Where stderr cannot be written, the exit code still says what happened; fmt::print would throw.
+  std::fputs((line + "\n").c_str(), stderr);
+}
+
 void fail(const std::vector<std::string>& failed, bool trace_failed, const std::string& more) {
   const std::string others = failed.size() > 1 ? fmt::format(" (and {} {})", failed.size() - 1, more) : "";
-  std::fputs(fmt::format("kvreplay: {}{}\n", failed[0], others).c_str(), stderr);
+  say(failed[0] + others);
   throw Exit{trace_failed ? kTrace : kOther};
 }
 

@@ -4,7 +4,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <cstdio>
 #include <memory>
 
 #include "analysis/explain.hpp"
@@ -83,7 +82,7 @@ void add_explain_command(CLI::App& app) {
       fail(outcome.run.failed, outcome.run.trace_failed, "more");
     }
     if (outcome.run.interrupted) {
-      std::fputs("kvreplay: stopped before the end; nothing is written\n", stderr);
+      say("stopped before the end; nothing is written");
       throw Exit{kInterrupted};
     }
     std::vector<std::string> arguments{"explain", outcome.folder.string()};

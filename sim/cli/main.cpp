@@ -11,6 +11,7 @@
 
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
+#include "sim/cli/arguments.hpp"
 #include "sim/cli/compare_command.hpp"
 #include "sim/cli/exit.hpp"
 #include "sim/cli/explain_command.hpp"
@@ -31,8 +32,7 @@ namespace {
 std::vector<std::string> arguments;
 
 int fail(ExitCode code, const std::string& sentence) {
-  // Where stderr cannot be written, the exit code still says what happened; fmt::print would throw.
-  std::fputs(fmt::format("kvreplay: {}\n", sentence).c_str(), stderr);
+  say(sentence);
   return code;
 }
 

@@ -14,6 +14,7 @@
 
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
+#include "sim/cli/arguments.hpp"
 #include "sim/cli/new_policy_templates.hpp"
 #include "sim/results.hpp"
 
@@ -285,8 +286,8 @@ void add_new_policy_command(CLI::App& app) {
       const fs::path folder = o->plugin;
       write({{folder / (o->name + ".cpp"), filled(t.source, o->name, true), true},
              {folder / "CMakeLists.txt", filled(kPluginLists, o->name, true), true}});
-      fmt::print("CMakeLists.txt says how it is built; then: kvreplay run --plugin {}/build/{}.so --method {}\n",
-                 folder.string(), o->name, use);
+      fmt::print("CMakeLists.txt says how it is built; then: kvreplay run --plugin {} --method {}\n",
+                 quoted((folder / "build" / (o->name + ".so")).string()), use);
     } else {
       write(in_tree(checkout(), t, o->name));
       fmt::print("It works as it is: scripts/build, then kvreplay run --method {}\n", use);

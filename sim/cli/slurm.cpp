@@ -6,25 +6,12 @@
 #include <filesystem>
 
 #include "policies/errors.hpp"
+#include "sim/cli/arguments.hpp"
 #include "sim/plugins.hpp"
 #include "sim/run.hpp"
 
 namespace kvreplay {
 namespace {
-
-// For a shell, in quotes where it needs some.
-std::string quoted(const std::string& text) {
-  if (!text.empty() &&
-      text.find_first_not_of("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789/._-+=:,@") ==
-          std::string::npos) {
-    return text;
-  }
-  std::string out = "'";
-  for (const char c : text) {
-    out += c == '\'' ? "'\\''" : std::string(1, c);
-  }
-  return out + "'";
-}
 
 std::string own_path() {
   std::error_code error;

@@ -5,7 +5,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -31,7 +30,8 @@ constexpr std::size_t kMostSentences = 20;
 constexpr const char* kAuto = "auto";
 
 struct SweepOptions {
-  std::string plan, out, shard, memory, slurm;
+  std::string plan, out, memory, slurm;
+  std::optional<std::string> shard;
   int threads = 0;
   bool dry_run = false, heads = false;
 };
@@ -45,10 +45,6 @@ struct MergeOptions {
   std::vector<std::string> folders;
   std::string out;
 };
-
-void say(const std::string& sentence) {  // fmt::print would throw where stderr cannot be written
-  std::fputs(fmt::format("kvreplay: {}\n", sentence).c_str(), stderr);
-}
 
 std::string sentence_of(const Failure& f) {
   return f.n_cells == 1 ? fmt::format("{}: {}", f.first, f.sentence)
@@ -83,7 +79,7 @@ SweepRequest request_of(const SweepOptions& o) {
   r.plan = o.plan;
   r.out = o.out;
   r.heads = o.heads;
-  r.shard = o.shard.empty() ? shard_of_environment() : Shard::parse(o.shard);
+  r.shard = o.shard ? Shard::parse(*o.shard) : shard_of_environment();
   r.memory = o.memory.empty() ? 0 : parse_bytes("--memory", o.memory);
   r.threads = threads_or_all(o.threads);
   r.argv = command_line();
@@ -185,18 +181,21 @@ void run_sweep(const SweepOptions& o, bool emit_slurm) {
     return;
   }
   stop_on_signals();
-  if (o.dry_run) {
-    print_estimate(r);
-    return;
-  }
   // A process that was given its part shares nothing with the others.
-  const std::unique_ptr<Team> team = o.shard.empty() ? team_of_environment() : std::make_unique<Team>();
+  const std::unique_ptr<Team> team = o.shard ? std::make_unique<Team>() : team_of_environment();
   if (team->n_here() > 1) {
     r.threads = o.threads > 0 ? o.threads : std::max(1, r.threads / team->n_here());
     r.memory = r.memory > 0 ? r.memory : free_memory() / std::uint64_t(team->n_here());
   }
   SweepOutcome outcome;
   try {
+    if (o.dry_run) {  // the others wait for what it says
+      if (team->leads()) {
+        print_estimate(r);
+      }
+      team->wait();
+      return;
+    }
     std::optional<Progress> progress;
     if (team->leads()) {
       progress.emplace();
@@ -261,6 +260,9 @@ void run_merge(const MergeOptions& o) {
                     state.counts.failed, state.counts.left, o.out));
   }
   fmt::print("{} cells in {}\n", state.counts.done, (out / "cells.csv").string());
+  if (state.counts.failed + state.counts.left > 0) {
+    throw Exit{kOther};
+  }
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from harness import KVREPLAY, assert_refused, final_files, good_run, kvreplay, make, rows, run
+from harness import KVREPLAY, arrays, assert_refused, final_files, good_run, kvreplay, make, rows, run, write
 
 H2O = ("-m", "h2o", "-b", "16")
 
@@ -104,6 +104,18 @@ def test_traces_that_are_none(trace, tmp_path, edit, words):
         assert json.loads((out / "run.json").read_text())["complete"] is False
     else:
         assert final_files(out) == []
+
+
+def test_a_terminal_is_told_nothing_by_names(tmp_path):
+    evil = "a\x1b[2J\rb"
+    q, k, v = arrays()
+    path = write(tmp_path / "t.h5", q, k, v, spans=[(evil, 0, 6)], model_name=evil)
+    said = kvreplay("info", path).stdout
+    assert "a?[2J?b" in said and "span" in said and "\x1b" not in said and "\r" not in said
+    for done in (run(path, tmp_path / "out", "-m", "h2o+whitelist:spans=x", "-b", "16"),
+                 run(tmp_path / f"{evil}.h5", tmp_path / "out", *H2O), kvreplay(f"{evil}\n")):
+        assert done.returncode in (2, 3) and "a?[2J?b" in done.stderr
+        assert done.stderr.count("\n") == 1 and "\x1b" not in done.stderr and "\r" not in done.stderr
 
 
 def test_files_that_are_no_traces(tmp_path):

@@ -131,6 +131,13 @@ def test_what_is_refused_is_said_once(plan, tmp_path, text, code, word):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_estimate_is_said_once(plan, tmp_path):
+    done = ranks(3, plan, tmp_path / "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{N_CELLS} to measure") == 1 and done.stdout.count("sample ") == 1, done.stdout
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_trace_that_is_none(plan, alone, tmp_path):
     for path in plan.parent.iterdir():
         os.link(path, tmp_path / path.name)
