@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -58,7 +59,7 @@ inline TraceInfo small_meta(const Shape& shape = {}, ElementType element = Eleme
   meta.sliding_window = {0, 16, 0, 0};
   meta.rope = {true, "half", shape.head_dim, 1, 1e4, "", true, {}};
   for (int i = 0; i < shape.head_dim / 2; ++i) {
-    meta.rope.inv_freq.push_back(1.0 / (1 << i));
+    meta.rope.inv_freq.push_back(std::ldexp(1.0, -i));
   }
   meta.spans = {{"needle", 3, 6}};
   return meta;
