@@ -138,6 +138,7 @@ void add_spans(CLI::App& command, std::vector<Span>& spans) {
           "name tokens BEGIN to END (END not among them), as needle=120:134; can be repeated")
       ->type_name("NAME=BEGIN:END")
       ->expected(1)
+      ->allow_extra_args(false)  // else it takes the positional arguments
       ->take_all();
 }
 

@@ -42,7 +42,7 @@ def spans_of(path):
 
 def test_a_trace_gets_spans_by_name(tmp_path):
     path, named = trace(tmp_path / "t.h5", **SPANS), tmp_path / "named.h5"
-    result = harness.kvreplay("repack", path, named, "--profile", "archive", "--span", "a=b=3:5", "--span", "needle=0:64")
+    result = harness.kvreplay("repack", "--span", "a=b=3:5", path, "--span", "needle=0:64", named, "--profile", "archive")
     assert result.returncode == 0, result.stderr
     assert spans_of(named) == [("system", 0, 6), ("needle", 0, 64), ("question", 50, 64), ("a=b", 3, 5)]
     assert harness.kvreplay("verify", named).returncode == 0
