@@ -6,6 +6,8 @@ The binary is $KVREPLAY_BINARY, else the release build.
 import csv
 import os
 import pathlib
+import resource
+import signal
 import subprocess
 import sys
 
@@ -52,6 +54,15 @@ def make(path, prompt_len=64, rope=True, write_options=None, **shape):
 
 def kvreplay(*arguments, timeout=120, **more):
     return subprocess.run([KVREPLAY, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **more)
+
+
+def files_up_to(limit):
+    """For kvreplay(): a command that can write so many bytes into a file, as on a disk that fills up."""
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    # The thread sanitizer has a file of its own there, and dies if that one is cut.
+    return {"preexec_fn": small_files, "env": {**os.environ, "TMPDIR": "/nowhere"}}
 
 
 def run(trace, out, *arguments, threads=1, **more):

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import stat
@@ -14,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from harness import KVREPLAY, ROOT, assert_refused, kvreplay, make, rows, run
+from harness import KVREPLAY, ROOT, assert_refused, files_up_to, kvreplay, make, rows, run
 
 SAMPLES = ROOT / "traces" / "samples"
 PLAN = """
@@ -609,12 +608,9 @@ def test_foreign_files_are_left_alone(plan, tmp_path):
 
 @pytest.mark.parametrize("limit", [2000, 5000, 12000])
 def test_full_disk(plan, tmp_path, limit):
-    def small_files():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     out = tmp_path / "out"
     good_sweep(plan, tmp_path / "whole")
-    done = sweep(plan, out, preexec_fn=small_files)
+    done = sweep(plan, out, **files_up_to(limit))
     assert done.returncode == 1 and done.stderr.startswith("kvreplay: ") and done.stderr.count("\n") == 1, done
     assert "too large" in done.stderr.lower()
     assert not list(out.rglob("*.part")) and not (out / "cells.csv").exists()
