@@ -593,6 +593,9 @@ Method parse_method(const std::string& text, const TableReader& read_table) {
     throw ConfigError("the method is empty; write for example h2o:window=128 or snapkv+adakv");
   }
   const std::string label = text.substr(first, text.find_last_not_of(" \t\n") + 1 - first);
+  if (text.find('\0') != std::string::npos) {  // what is said of it would end there
+    throw ConfigError("a method's text has a character of code 0");
+  }
   Strings texts = split_phases(label);
   if (texts.size() > 2) {
     throw ConfigError(label + ": at most one '/' separates the prompt's selector from the decode tokens'");

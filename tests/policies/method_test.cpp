@@ -82,6 +82,7 @@ TEST_CASE("an allocator before the slash divides the prompt's budget") {
 TEST_CASE("what cannot be is refused in one sentence that names it, what is allowed and what is near") {
   refuses("", {"empty"});
   refuses("  ", {"empty"});
+  refuses(std::string("\0h2o/h2o/h2o", 12), {"code 0"});
   refuses("h2p", {"'h2p'", "'h2o'"});
   refuses("h2o+adakw", {"'adakw'", "'adakv'"});
   refuses("h2o+", {"'h2o+'"});

@@ -136,6 +136,10 @@ TEST_CASE("what is wrong with a plan is one sentence that says where") {
         Texts{"1.0", "20", "0.00001", "25%", "0.1"});  // 1.0 is all of the prompt, and not one token
   CHECK(refusal(kLeast + "budgets = [8] # \xC3\xA9\n") == "accepted");
   CHECK_THAT(refusal(kLeast + "x = \"\"\"\n\\\"\xC3\xA9\"\"\"\n\xC3\xA9"), Contains("plan.toml line 5: "));
+  // Where these look for space, toml++ has undefined behaviour beyond ASCII.
+  CHECK_THAT(refusal("\nx =0[\"\xD2\x90\"e]\n"), Contains("plan.toml line 2: "));
+  CHECK_THAT(refusal(kLeast + "x = \"\"\"\\ \n\xD2\x90\"\"\""), Contains("plan.toml line 3: a character beyond"));
+  CHECK_THAT(refusal("traces = ['\xC3\xA9.h5']\nmethods = ['h2o']\nx = '\xD2\x90'"), Contains("line 3: 'x'"));
   CHECK_THAT(refusal("methods = [\"h2o\"]"), Contains("no trace is given"));
   CHECK_THAT(refusal("traces = [\"a.h5\"]"), Contains("no method is given"));
   CHECK_THAT(refusal(kLeast + "budgts = [64]"),
