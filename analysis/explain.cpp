@@ -198,9 +198,7 @@ std::string slug(const std::string& text) {
     out += plain ? c : '-';
   }
   if (out.size() > kLongest) {
-    Sha256 hash;
-    hash.add(std::as_bytes(std::span(text)));
-    out = out.substr(0, kLongest - kHashed - 1) + "-" + hash.hex().substr(0, kHashed);
+    out = out.substr(0, kLongest - kHashed - 1) + "-" + sha256(text).substr(0, kHashed);
   }
   return out;
 }
