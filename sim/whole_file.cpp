@@ -4,9 +4,9 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #include <fstream>
 #include <stdexcept>
+#include <system_error>
 
 #include "policies/errors.hpp"
 
@@ -23,7 +23,7 @@ std::string read_whole(const std::filesystem::path& path) {
   }
   std::ifstream in(path, std::ios::binary);
   if (!in) {
-    throw ConfigError(path.string() + ": cannot be opened: " + std::strerror(errno));
+    throw ConfigError(path.string() + ": cannot be opened: " + std::generic_category().message(errno));
   }
   std::string text;
   for (char block[1 << 16]; in.read(block, sizeof block), in.gcount() > 0;) {
@@ -51,7 +51,7 @@ WholeFile::~WholeFile() {
 }
 
 void WholeFile::fail(const char* what) const {
-  throw std::runtime_error(path_.string() + ": cannot " + what + ": " + std::strerror(errno));
+  throw std::runtime_error(path_.string() + ": cannot " + what + ": " + std::generic_category().message(errno));
 }
 
 void WholeFile::write(std::string_view text) {
