@@ -137,6 +137,8 @@ std::string code(std::string_view s) { return std::string("`").append(s).append(
 
 std::string_view role_name(Role role) { return kRoles[static_cast<int>(role)]; }
 
+std::string_view foresight_name(Foresight from) { return from == Foresight::oracle ? "oracle" : "none"; }
+
 std::string_view type_name(ParamType type) {
   constexpr std::string_view kNames[] = {"integer", "real", "boolean", "choice", "text", "tokens"};
   return kNames[static_cast<int>(type)];

@@ -8,9 +8,10 @@
 
 namespace kvreplay {
 
-std::string_view role_name(Role role);       // "select"
-std::string_view type_name(ParamType type);  // "integer"
-std::string_view scale_name(Scale scale);    // "one_minus"
+std::string_view role_name(Role role);            // "select"
+std::string_view foresight_name(Foresight from);  // "oracle"
+std::string_view type_name(ParamType type);       // "integer"
+std::string_view scale_name(Scale scale);         // "one_minus"
 std::string default_text(const ParamInfo& param, const void* config);
 // Steps until a decay of x has halved what it decays; empty where that means nothing.
 std::string half_life_text(const ParamInfo& param, const void* config);

@@ -53,7 +53,7 @@ Json json_of(const PartInfo& part) {
               {"summary", part.summary},
               {"paper", part.paper},
               {"deviation", part.deviation},
-              {"foresight", part.foresight == Foresight::oracle ? "oracle" : "none"},
+              {"foresight", foresight_name(part.foresight)},
               {"keys", json_of(part.params, config.get())}};
   if (part.role == Role::rewrite) {
     out["rewriting"] = part.rewriting == Rewriting::merging      ? "merging"

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "policies/errors.hpp"
+#include "policies/help.hpp"
 #include "sim/whole_file.hpp"
 #include "traces/hdf5.hpp"
 
@@ -189,7 +190,7 @@ void ResultsWriter::add(const CellId& id, const CellResult& cell, const std::vec
           "{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_field(id.trace), id.layer, kv_head,
           level == Level::query_head ? fmt::to_string(r) : "", csv_field(id.method), csv_field(id.label),
           csv_field(id.budget), s.compensator >= 0 ? csv_field(cell.compensators[std::size_t(s.compensator)]) : "",
-          id.foresight == Foresight::oracle ? "oracle" : "none",
+          foresight_name(id.foresight),
           csv_field(std::string(info(s.metric).name) + (s.span.empty() ? "" : ":" + s.span)), st.n, st.n_skipped,
           number(st.mean), number(st.std), number(st.p50), number(st.p90), number(st.p99), number(st.max));
     }
@@ -269,7 +270,7 @@ void ResultsWriter::publish(const std::string& run_json) {
   texts("label", [](const CellId& c) { return c.label; });
   texts("budget", [](const CellId& c) { return c.budget; });
   integers("budget_tokens", [](const CellId& c) { return c.budget_tokens; });
-  texts("foresight", [](const CellId& c) { return c.foresight == Foresight::oracle ? "oracle" : "none"; });
+  texts("foresight", [](const CellId& c) { return std::string(foresight_name(c.foresight)); });
   texts("group", [](const CellId& c) { return c.group; });
   integers("prompt_len", [](const CellId& c) { return c.prompt_len; });
   integers("n_heads", [](const CellId& c) { return c.n_heads; });

@@ -13,6 +13,7 @@
 
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
+#include "policies/help.hpp"
 #include "sim/load.hpp"
 #include "sim/measure_layers.hpp"
 #include "sim/plugins.hpp"
@@ -774,7 +775,7 @@ class Run {
                               {"preset", m->preset},
                               {"group", group_of(*m)},
                               {"class", class_of(*m)},
-                              {"foresight", m->foresight() == Foresight::oracle ? "oracle" : "none"},
+                              {"foresight", foresight_name(m->foresight())},
                               {"paper", preset ? preset->paper : m->select.info->paper},
                               {"deviation", preset ? preset->deviation : m->select.info->deviation},
                               {"budgets", budgets_of(*m)},

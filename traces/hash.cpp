@@ -77,11 +77,7 @@ class Manifest {
     lines_ += fmt::format("{} {} {} {}\n", path, type, shape, hex);
   }
 
-  void add_text(const std::string& path, std::string_view text) {
-    Sha256 hash;
-    hash.add(std::as_bytes(std::span(text.data(), text.size())));
-    add(path, "text", "()", hash.hex());
-  }
+  void add_text(const std::string& path, std::string_view text) { add(path, "text", "()", sha256(text)); }
 
   template <typename T>
   void add_values(const std::string& path, std::string_view type, std::span<const T> values, bool scalar = false) {
@@ -95,11 +91,7 @@ class Manifest {
     add_values<T>(path, type, std::span<const T>(&value, 1), true);
   }
 
-  std::string hash() const {
-    Sha256 hash;
-    hash.add(std::as_bytes(std::span(lines_.data(), lines_.size())));
-    return std::string(schema::kHashPrefix) + hash.hex();
-  }
+  std::string hash() const { return std::string(schema::kHashPrefix) + sha256(lines_); }
 
  private:
   std::string lines_;

@@ -10,6 +10,7 @@
 
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
+#include "policies/help.hpp"
 #include "sim/python/arrays.hpp"
 #include "sim/python/bindings.hpp"
 
@@ -96,7 +97,7 @@ py::object acting(const CellPtr& cell) {
   return r.acting < 0 ? py::none() : py::object(py::str(r.compensators[std::size_t(r.acting)]));
 }
 
-std::string foresight_of(const Cell& cell) { return cell.id.foresight == Foresight::oracle ? "oracle" : "none"; }
+std::string foresight_of(const Cell& cell) { return std::string(foresight_name(cell.id.foresight)); }
 
 // The columns of summary.csv, a list each.
 py::dict to_dict(const Results& results) {

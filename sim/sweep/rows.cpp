@@ -6,6 +6,8 @@
 #include <cmath>
 #include <set>
 
+#include "policies/help.hpp"
+
 namespace kvreplay {
 namespace {
 
@@ -70,7 +72,7 @@ void ItemRows::add(std::size_t cell, const CellId& id, const CellResult& result)
   const auto add_line = [&](const std::string& kv_head, const std::string& q_head, Numbers numbers) {
     lines_.push_back({fmt::format("{},{},{},{},{},{},{}", cell, kv_head, q_head,
                                   id.budget_tokens < 0 ? "" : fmt::to_string(id.budget_tokens),
-                                  id.foresight == Foresight::oracle ? "oracle" : "none", id.group, result.n_steps),
+                                  foresight_name(id.foresight), id.group, result.n_steps),
                       std::move(numbers)});
   };
   add_line("", "", std::move(layer));
