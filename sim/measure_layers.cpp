@@ -1,6 +1,7 @@
 #include "sim/measure_layers.hpp"
 
 #include <algorithm>
+#include <map>
 
 #include "sim/exact.hpp"
 #include "sim/load.hpp"
@@ -24,13 +25,17 @@ std::vector<std::vector<double>> measure_layer(const TraceReader& trace, int lay
                                  .first_query = prompt_len - most,
                                  .scores = {},
                                  .values = false});
+  std::map<Pos, Allocator::Prompt> prompts;  // by number of queries
   std::vector<std::vector<double>> measured;
   for (std::size_t a = 0; a < allocators.size(); ++a) {
-    Allocator::Prompt prompt{.layer = layer, .prompt_len = prompt_len, .column_mass = {}};
-    prompt.column_mass.resize(std::size_t(data.n_kv_heads));
-    parallel(data.n_kv_heads, threads, [&](int h) {
-      prompt.column_mass[std::size_t(h)] = column_mass(data, h, prompt_len - n_queries[a], prompt_len);
-    });
+    Allocator::Prompt& prompt = prompts[n_queries[a]];
+    if (prompt.column_mass.empty()) {
+      prompt = {.layer = layer, .prompt_len = prompt_len, .column_mass = {}};
+      prompt.column_mass.resize(std::size_t(data.n_kv_heads));
+      parallel(data.n_kv_heads, threads, [&](int h) {
+        prompt.column_mass[std::size_t(h)] = column_mass(data, h, prompt_len - n_queries[a], prompt_len);
+      });
+    }
     measured.push_back(allocators[a]->info->allocate(configs[a].get())->measure(prompt));
   }
   return measured;
