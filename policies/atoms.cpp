@@ -379,7 +379,8 @@ void AtomTrack::merge(Estimate& out) const {
     }
     if (rule_.decay < 1) {
       for (Eigen::Index r = from; r < end; ++r) {
-        logits[r] += static_cast<double>(r / n_heads_) * log_decay;
+        const Eigen::Index step = r / n_heads_;
+        logits[r] += static_cast<double>(step) * log_decay;
       }
     }
   }

@@ -59,7 +59,7 @@ void check_whole(const fs::path& file, const std::string& who) {
 
 // The loader's words without the path that they begin with, on one line.
 std::string loader_error(const fs::path& file) {
-  const char* said = dlerror();
+  const char* said = dlerror();  // NOLINT(concurrency-mt-unsafe): glibc keeps it per thread
   std::string text = said != nullptr ? said : "no reason is given";
   const std::string start = file.string() + ": ";
   text = text.starts_with(start) ? text.substr(start.size()) : text;
