@@ -500,7 +500,7 @@ class Explain {
       if (method.budgeted() && run_.budgets.empty() && !budgets.empty()) {  // else run() says so
         run_.budgets = {request_.budget.empty() ? middle_budget(budgets, recorded_, trace) : request_.budget};
       }
-      check_allocator(method, trace);
+      check_allocator(method);
     }
     run_.compensators = recorded_.compensators.empty() ? std::vector<std::string>{"mean", "moments", "gaussian"}
                                                        : recorded_.compensators;
@@ -526,29 +526,18 @@ class Explain {
   }
 
   // An allocator over layers gives a layer what the others do not need: with fewer layers it would give other budgets.
-  void check_allocator(const Method& method, const TraceInfo& trace) const {
-    const std::string whole = run_.budgets.empty() ? "" : run_.budgets[0], prompt = method.prefill_budget.text;
-    if (over_layers(method.allocate, whole, trace) ||
-        over_layers(method.prefill_allocate, prompt.empty() ? whole : prompt, trace)) {
+  void check_allocator(const Method& method) const {
+    if (over_layers(method.allocate) || over_layers(method.prefill_allocate)) {
       throw ConfigError("--layers: " + method.label +
                         " spreads its budget over all layers of the run, and would have another one on fewer; leave "
                         "--layers away");
     }
   }
 
-  bool over_layers(const std::optional<PartUse>& use, const std::string& budget, const TraceInfo& trace) const {
-    if (request_.layers.empty() || !use || budget.empty()) {
-      return false;
-    }
+  bool over_layers(const std::optional<PartUse>& use) const {
     const std::vector<int>& all = recorded_.traces[0].layers;
-    const auto allocator = use->info->allocate(use->config(all[0]).get());
-    if (allocator->measures()) {
-      return all.size() > 1;
-    }
-    const std::vector<int> budgets = allocator->over_layers(
-        {all, trace.n_layers, recorded_.traces[0].prompt_len, tokens_of(budget, recorded_, trace),
-         recorded_.traces[0].n_tokens, head_worth(*use, all, trace.n_kv_heads)});
-    return std::adjacent_find(budgets.begin(), budgets.end(), std::not_equal_to<>()) != budgets.end();
+    return use && !request_.layers.empty() && all.size() > 1 &&
+           !use->info->allocate(use->config(all[0]).get())->per_layer();
   }
 
   // Where the explanation goes; run() makes it.

@@ -12,7 +12,7 @@ namespace kvreplay {
 
 // Raised with every change after which a part compiled before would misbehave: of policy.hpp, part.hpp, params.hpp,
 // moments.hpp or this file. Helpers of other headers are linked by name, and one that is gone is said when loading.
-inline constexpr std::int32_t kPluginInterface = 1;
+inline constexpr std::int32_t kPluginInterface = 2;
 
 // Text made when compiling; long enough for what plugin_abi() says.
 struct AbiText {

@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <span>
 
 #include "policies/catalogue.hpp"
 #include "policies/errors.hpp"
@@ -283,7 +284,7 @@ class Run {
       std::map<std::string, const PartUse*> allocators;  // that measure, by their text
       for (const Column& c : columns_) {
         for (const auto* part : {&c.method->prefill_allocate, &c.method->allocate}) {
-          if (*part && allocator_of(*input, **part)->measures()) {
+          if (*part && allocator_of(**part, input->layers[0])->measures()) {
             allocators.emplace(canonical(**part), &**part);
           }
         }
@@ -371,7 +372,7 @@ class Run {
 
   static void check_spans(const Input& input, const std::optional<PartUse>& allocator, int budget) {
     if (allocator) {
-      allocator_of(input, *allocator)->check_spans(spans_of(input), input.prompt_len, budget);
+      allocator_of(*allocator, input.layers[0])->check_spans(spans_of(input), input.prompt_len, budget);
     }
   }
 
@@ -418,8 +419,8 @@ class Run {
     return budget.tokens(input.prompt_len, slot_bytes(info), state, scope == Scope::query_head ? info.group_size : 1);
   }
 
-  static std::unique_ptr<Allocator> allocator_of(const Input& input, const PartUse& use) {
-    return use.info->allocate(use.config(input.layers[0]).get());
+  static std::unique_ptr<Allocator> allocator_of(const PartUse& use, int layer) {
+    return use.info->allocate(use.config(layer).get());
   }
 
   static std::vector<TokenSpan> spans_of(const Input& input) {
@@ -455,16 +456,23 @@ class Run {
     if (!use) {
       return {std::vector<int>(n, budget), std::vector<std::vector<int>>(n)};
     }
-    const auto allocator = allocator_of(input, *use);
     const TraceInfo& info = input.reader.info();
-    Allocator::Layers all{input.layers, info.n_layers,  input.prompt_len,
-                          budget,       input.n_tokens, head_worth(*use, input.layers, info.n_kv_heads)};
-    if (allocator->measures()) {
-      all.measured = input.measured.at(canonical(*use));
-    }
-    Shares s{allocator->over_layers(all), {}};
-    for (std::size_t l = 0; l < n; ++l) {
-      s.heads.push_back(allocator->over_heads(all, l));
+    const std::size_t n_together = allocator_of(*use, input.layers[0])->per_layer() ? 1 : n;
+    Shares s;
+    for (std::size_t first = 0; first < n; first += n_together) {
+      const std::span<const int> layers = std::span(input.layers).subspan(first, n_together);
+      const auto allocator = allocator_of(*use, layers[0]);
+      Allocator::Layers together{layers, info.n_layers,  input.prompt_len,
+                                 budget, input.n_tokens, head_worth(*use, layers, info.n_kv_heads)};
+      if (allocator->measures()) {
+        together.measured =
+            input.measured.at(canonical(*use)).middleRows(Eigen::Index(first), Eigen::Index(n_together));
+      }
+      const std::vector<int> budgets = allocator->over_layers(together);
+      s.layers.insert(s.layers.end(), budgets.begin(), budgets.end());
+      for (std::size_t l = 0; l < n_together; ++l) {
+        s.heads.push_back(allocator->over_heads(together, l));
+      }
     }
     return s;
   }

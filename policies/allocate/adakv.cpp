@@ -28,6 +28,7 @@ class AdaKv final : public Allocator {
   };
 
   explicit AdaKv(const Config& config) : config_(config) {}
+  bool per_layer() const override { return true; }
   bool over_sets() const override { return true; }
 
   std::vector<int> assign(const std::vector<std::vector<float>>& scores, int mean_budget) const override {

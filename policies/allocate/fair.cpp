@@ -39,6 +39,7 @@ class Fair final : public Allocator {
   static Needs needs(const Config&) { return {.spans = true}; }
 
   explicit Fair(const Config& config) : config_(config), names_(span_names(config.spans)) {}
+  bool per_layer() const override { return true; }
   bool ranks_tokens() const override { return true; }
 
   void check_spans(std::span<const TokenSpan> spans, Pos, int) const override {

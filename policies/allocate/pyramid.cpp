@@ -30,6 +30,7 @@ class Pyramid final : public Allocator {
 
   explicit Pyramid(const Config& config) : config_(config) {}
 
+  bool per_layer() const override { return true; }  // by the model's own layer numbers
   std::vector<int> over_layers(const Layers& l) const override {
     const bool kvpress = config_.version == Version::kvpress;
     const double w = config_.window;

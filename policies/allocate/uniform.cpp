@@ -15,6 +15,7 @@ class Uniform final : public Allocator {
   static constexpr bool kIsDefault = true;
 
   explicit Uniform(const Config&) {}
+  bool per_layer() const override { return true; }
 };
 
 }  // namespace

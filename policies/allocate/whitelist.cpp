@@ -30,6 +30,7 @@ class Whitelist final : public Allocator {
   }
 
   explicit Whitelist(const Config& config) : text_(config.spans), names_(span_names(config.spans)) {}
+  bool per_layer() const override { return true; }
   bool ranks_tokens() const override { return true; }
 
   void check_spans(std::span<const TokenSpan> spans, Pos prompt_len, int budget) const override {

@@ -227,8 +227,9 @@ class Resolving {
     for (const PartUse* part : m.parts()) {
       add_files(*part, method.files);
       if (part->info->role == Role::allocate) {
-        method.divides = true;
-        if (part->info->allocate(any_config(*part).get())->measures()) {
+        const auto allocator = part->info->allocate(any_config(*part).get());
+        method.divides |= !allocator->per_layer();
+        if (allocator->measures()) {
           std::map<std::string, std::string> files;
           add_files(*part, files);
           method.measuring[canonical(*part)] = canonical(*part) + "\n" + lines(files);

@@ -33,7 +33,7 @@ struct SweepMethod {
   std::vector<std::string> budgets;                         // {""} for a method without one
   std::vector<std::pair<std::string, std::string>> params;  // what its grid set
   std::map<std::string, std::string> files;                 // hashes of the files that its text names
-  bool divides = false;                                     // has an allocator, so that the layers in use matter
+  bool divides = false;                                     // has an allocator to which the layers in use matter
   std::map<std::string, std::string> measuring;             // allocators that measure: canonical, and with their files
 };
 

@@ -13,6 +13,9 @@ import pytest
 from harness import KVREPLAY, assert_refused, final_files, good_run, kvreplay, kvtrace, make, rows
 
 
+PYRAMID = "tova+pyramid:window=4,beta=2"
+
+
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     return make(tmp_path_factory.mktemp("traces") / "a.h5", layers=(0, 2), n_heads=4, n_kv_heads=2)
@@ -21,9 +24,8 @@ def trace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(trace, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "out"
-    good_run(trace, out, "-m", "h2o", "-m", "momentkv", "-m", "h2o:window=20", "-m", "tova+pyramid:window=4,beta=2",
-             "-m", "full",
-             "-b", "20,32,40")
+    good_run(trace, out, "-m", "h2o", "-m", "momentkv", "-m", "h2o:window=20", "-m", PYRAMID, "-m", "tova+zigzag",
+             "-m", "full", "-b", "20,32,40")
     return out
 
 
@@ -38,7 +40,7 @@ def results(trace, tmp_path_factory):
     (("--method", "h2o", "--layers", "x"), ("--layers", "'x'")),
     (("--method", "h2o", "--top", "0"), ("--top", "0")),
     (("--method", "h2o", "--threads", "9999"), ("--threads", "9999", "1024")),
-    (("--method", "tova+pyramid:window=4,beta=2", "--layers", "2"), ("--layers", "tova+pyramid:window=4,beta=2")),
+    (("--method", "tova+zigzag", "--layers", "2"), ("--layers", "tova+zigzag")),
     (("--method", "h2o", "--memory", "1KiB"), ("--memory",)),
     ((), ("--method",)),
 ])
@@ -98,6 +100,15 @@ def replayed(results, *arguments):
     kvreplay("explain", results, *arguments, env={"KVREPLAY_PYTHON": "/nowhere/python", "PATH": "/usr/bin:/bin"})
     new, = set((results / "explain").iterdir()) - before
     return new
+
+
+def test_a_layer_alone_under_an_allocator_that_asks_for_no_other(results):
+    def errors(folder, budget):
+        return [(r["layer"], r["q_head"], r["mean"]) for r in rows(folder)
+                if (r["label"], r["budget"], r["layer"], r["metric"]) == (PYRAMID, budget, "2", "error")]
+    alone = replayed(results, "--method", PYRAMID, "--layers", "2", "--budget", "32")
+    assert {r["layer"] for r in rows(alone)} == {"2"}
+    assert errors(alone, "32") == errors(results, "32") != errors(results, "40")
 
 
 def test_what_is_explained_by_default(results):

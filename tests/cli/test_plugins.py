@@ -20,7 +20,7 @@ TEMPLATE = ROOT / "docs" / "plugin_template"
 # The code of what plug-ins are compiled against, without comments and spaces. Where it changed: raise kPluginInterface
 # of policies/plugin.hpp if a plug-in compiled before would misbehave, and write the new hash here.
 CONTRACT = ("policy", "part", "params", "moments", "rotation", "plugin")
-CONTRACT_HASH = "0af3a80265a7a393"
+CONTRACT_HASH = "0c7abfe8aad7a63c"
 
 
 def cached(name):
@@ -308,12 +308,12 @@ def test_what_is_no_plugin_is_refused(template, of_every_role, folder, trace):
         refused(cut, "cut short")
     refused(folder, "is not a file")
     refused(exporting(folder, "nothing", ""), "no plug-in", "KVREPLAY_PLUGIN")
-    refused(exporting(folder, "newer", '999, "who knows", 0, 0'), "interface 999", "has interface 1")
-    refused(exporting(folder, "other", '1, "C++ ABI 1", 0, 0'), "(C++ ABI 1)", "Eigen")
+    refused(exporting(folder, "newer", '999, "who knows", 0, 0'), "interface 999", "has interface 2")
+    refused(exporting(folder, "other", '2, "C++ ABI 1", 0, 0'), "(C++ ABI 1)", "Eigen")
     said = run(trace, folder / "never", "--plugin", folder / "other.so", "--method", "h2o").stderr
     abi = re.search(r"this kvreplay for \((.*?)\);", said).group(1)
     missing = 'extern void kvreplay_is_gone(void);\nvoid f(void) { kvreplay_is_gone(); }\n'
-    refused(exporting(folder, "missing", f'1, "{abi}", 0, 0', missing), "kvreplay_is_gone")
+    refused(exporting(folder, "missing", f'2, "{abi}", 0, 0', missing), "kvreplay_is_gone")
     shutil.copy(template, folder / "copy.so")
     again = run(trace, folder / "never", "--plugin", template, "--plugin", folder / "copy.so", "--method", "my_policy")
     assert_refused(again, 2, "copy.so", "'my_policy' is there already")

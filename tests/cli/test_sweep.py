@@ -302,6 +302,36 @@ def test_a_value_more_costs_its_own_cells_alone(plan, tmp_path, old, new, n_new)
     assert good_sweep(plan, out) == cells and state(out) == after
 
 
+def test_a_layer_more(plan, tmp_path):
+    """Redone is what divides the budget over the layers in use, and nothing else."""
+    make(tmp_path / "plain.h5", layers=(0, 1, 3), n_heads=4, n_kv_heads=2)
+    spans = kvreplay("repack", tmp_path / "plain.h5", tmp_path / "s.h5", "--profile", "working", "--span", "first=3:9",
+                     "--span", "then=20:40")
+    assert spans.returncode == 0, spans.stderr
+    (tmp_path / "scores.json").write_text('{"0": [0.1, 0.4], "1": [0.3, 0.2], "3": [0.8, 0.1]}')
+    (tmp_path / "alpha.json").write_text('{"0": 0.1, "1": 0.4, "3": 0.9}')
+    (tmp_path / "beta.json").write_text('{"0": 2, "1": 4, "3": 2}')
+    alone = ["h2o", "momentkv", "h2o+adakv", "h2o+adakv:alpha=@alpha.json", "h2o+fair", "h2o+whitelist:spans=first",
+             "h2o+pyramid:window=2", "h2o+pyramid:window=2,beta=@beta.json", "snapkv:obs_window=4+adakv/tova"]
+    over_layers = ["h2o+zigzag", "h2o+d2o_layers", "h2o+headkv:window=4,scores=@scores.json",
+                   "h2o+surface_logic:surface=@scores.json", "snapkv:obs_window=4+zigzag/h2o"]
+    text = f'traces = ["s.h5"]\nmethods = {json.dumps(alone + over_layers)}\nbudgets = [16]\nlayers = [0, 3]\n'
+    plan.write_text(text)
+    out = tmp_path / "out"
+    two = good_sweep(plan, out)
+    before = state(out)
+    plan.write_text(text.replace("[0, 3]", "[0, 1, 3]"))
+    three = good_sweep(plan, out)
+    after = state(out)
+    assert all(after[name] == before[name] for name in before)
+    redone = sum(len(keys(out / "items" / name)) for name in set(after) - set(before) if name.endswith(".cells"))
+    assert redone == len(alone) + 3 * len(over_layers)  # layer 1 of all, layers 0 and 3 of these
+    good_sweep(plan, tmp_path / "fresh")
+    assert (tmp_path / "fresh" / "cells.csv").read_bytes() == (out / "cells.csv").read_bytes()
+    kept = [c for c in three if c in two]
+    assert {c["label"] for c in kept} >= set(alone) and len(kept) < len(two)
+
+
 def test_a_trace_more(plan, tmp_path):
     out = tmp_path / "out"
     good_sweep(plan, out)
