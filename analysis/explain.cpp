@@ -529,15 +529,16 @@ class Explain {
   void check_allocator(const Method& method) const {
     if (over_layers(method.allocate) || over_layers(method.prefill_allocate)) {
       throw ConfigError("--layers: " + method.label +
-                        " spreads its budget over all layers of the run, and would have another one on fewer; leave "
+                        " spreads its budget over all layers of the run, and may have another one on fewer; leave "
                         "--layers away");
     }
   }
 
   bool over_layers(const std::optional<PartUse>& use) const {
-    const std::vector<int>& all = recorded_.traces[0].layers;
-    return use && !request_.layers.empty() && all.size() > 1 &&
-           !use->info->allocate(use->config(all[0]).get())->per_layer();
+    const auto& traces = recorded_.traces;
+    return use && !request_.layers.empty() &&
+           std::any_of(traces.begin(), traces.end(), [](const Recorded::Trace& t) { return t.layers.size() > 1; }) &&
+           !use->info->allocate(use->config(traces[0].layers[0]).get())->per_layer();
   }
 
   // Where the explanation goes; run() makes it.

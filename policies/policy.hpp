@@ -200,8 +200,8 @@ class Allocator {
   virtual std::vector<double> measure(const Prompt&) const { return {}; }  // as many numbers in every layer
   // What one KV head is worth to the allocator made with its layer's and head's values.
   virtual double worth() const { return 1; }
-  // True if what a layer gets does not depend on the other layers of the run: over_layers and over_heads are asked for
-  // one layer at a time, with its own values, and a sweep keeps the layer's cells when others are added.
+  // True, whatever the values, if the other layers of the run do not matter: over_layers and over_heads are asked as if
+  // each were alone, with its own values, and a sweep keeps the cells of a layer when others are added.
   virtual bool per_layer() const { return false; }
   virtual std::vector<int> over_layers(const Layers& l) const { return std::vector<int>(l.index.size(), l.budget); }
   // Budgets of the KV heads of the run's `layer`-th layer, each for every set of the head: (KV heads); empty: all

@@ -232,13 +232,14 @@ class Run {
                           "--compensators none");
       }
       for (const PartUse& c : compensators_) {
-        check_tables(*input, c, Scope::kv_head);
+        check_tables(*input, c, to_replay(*input), Scope::kv_head);
       }
       for (const Column& c : columns_) {
         const Method& m = *c.method;
         const Needs needs = m.needs(compensators_);
         const std::string who = info.path.string() + ": " + m.label + " needs ";
-        for (int layer : input->layers) {
+        const std::vector<int> layers = layers_of(*input, m);
+        for (int layer : layers) {
           const Pos first = first_stored_query(input->reader, layer);
           const Pos want = first_query(needs, input->prompt_len);
           if (first > want) {
@@ -269,9 +270,9 @@ class Run {
         for (const PartUse* part : m.parts()) {
           const bool cuts_prompt =
               (m.prefill_select && part == &*m.prefill_select) || (m.prefill_allocate && part == &*m.prefill_allocate);
-          check_tables(*input, *part, cuts_prompt ? m.prefill_traits.scope : m.traits.scope);
+          check_tables(*input, *part, layers, cuts_prompt ? m.prefill_traits.scope : m.traits.scope);
         }
-        for (int layer : needs.evicted_at.empty() ? std::vector<int>{} : input->layers) {
+        for (int layer : needs.evicted_at.empty() ? std::vector<int>{} : layers) {
           read_evicted_at(*input, m, needs.evicted_at, layer);
         }
       }
@@ -284,7 +285,7 @@ class Run {
       std::map<std::string, const PartUse*> allocators;  // that measure, by their text
       for (const Column& c : columns_) {
         for (const auto* part : {&c.method->prefill_allocate, &c.method->allocate}) {
-          if (*part && allocator_of(**part, input->layers[0])->measures()) {
+          if (*part && allocator_of(**part, to_replay(*input).front())->measures()) {
             allocators.emplace(canonical(**part), &**part);
           }
         }
@@ -353,12 +354,13 @@ class Run {
   bool fits(const Input& input, const Column& c) {
     const Method& m = *c.method;
     try {
-      const Shares whole = shares(input, m.allocate, asked_budget(input, c)),
-                   prompt = shares(input, m.prefill_allocate, asked_prompt_budget(input, c));
       for (std::size_t l = 0; l < input.layers.size(); ++l) {
-        m.check(whole.layers[l], m.prefill_select ? prompt.layers[l] : 0);
-        check_spans(input, m.allocate, whole.layers[l]);
-        check_spans(input, m.prefill_allocate, prompt.layers[l]);
+        if (const int layer = input.layers[l]; replayed(layer)) {
+          const int whole = share(input, c, l).layer, prompt = prompt_share(input, c, l).layer;
+          m.check(whole, m.prefill_select ? prompt : 0);
+          check_spans(input, m.allocate, layer, whole);
+          check_spans(input, m.prefill_allocate, layer, prompt);
+        }
       }
       return true;
     } catch (const ConfigError& e) {
@@ -370,20 +372,20 @@ class Run {
     }
   }
 
-  static void check_spans(const Input& input, const std::optional<PartUse>& allocator, int budget) {
+  static void check_spans(const Input& input, const std::optional<PartUse>& allocator, int layer, int budget) {
     if (allocator) {
-      allocator_of(*allocator, input.layers[0])->check_spans(spans_of(input), input.prompt_len, budget);
+      allocator_of(*allocator, layer)->check_spans(spans_of(input), input.prompt_len, budget);
     }
   }
 
-  // A table has every layer of the run, with one value or one per KV head.
-  static void check_tables(const Input& input, const PartUse& part, Scope scope) {
+  // A table has every one of these layers, with one value or one per KV head.
+  static void check_tables(const Input& input, const PartUse& part, std::span<const int> layers, Scope scope) {
     const int n_kv_heads = input.reader.info().n_kv_heads;
     for (const Setting& s : part.settings) {
       if (!s.table) {
         continue;
       }
-      for (int layer : input.layers) {
+      for (int layer : layers) {
         s.table->at(layer, 0);  // ConfigError where the layer is missing
         const auto row = std::find(s.table->layers.begin(), s.table->layers.end(), layer) - s.table->layers.begin();
         const std::size_t n = s.table->values[std::size_t(row)].size();
@@ -400,8 +402,8 @@ class Run {
     return needs.prompt_queries == Needs::kAll ? 0 : std::max<Pos>(0, prompt_len - needs.prompt_queries);
   }
 
-  // What a compensator remembers beside one set of so many slots.
-  static double state_bytes(const Input& input, const PartUse& compensator, int budget) {
+  // What a compensator remembers beside one set of so many slots of a layer.
+  static double state_bytes(const Input& input, const PartUse& compensator, int layer, int budget) {
     const TraceInfo& info = input.reader.info();
     const SetShape shape{.head_dim = info.head_dim,
                          .v_head_dim = info.v_head_dim,
@@ -410,12 +412,12 @@ class Run {
                          .budget = budget,
                          .scores = {},
                          .evicted_at = {}};
-    return compensator.info->compensate(compensator.config(input.layers[0]).get(), shape)->state_bytes();
+    return compensator.info->compensate(compensator.config(layer).get(), shape)->state_bytes();
   }
 
-  static int tokens(const Input& input, const Method& m, const Budget& budget, Scope scope) {
+  static int tokens(const Input& input, const Method& m, int layer, const Budget& budget, Scope scope) {
     const TraceInfo& info = input.reader.info();
-    const auto state = [&](int n) { return m.compensate ? state_bytes(input, *m.compensate, n) : 0; };
+    const auto state = [&](int n) { return m.compensate ? state_bytes(input, *m.compensate, layer, n) : 0; };
     return budget.tokens(input.prompt_len, slot_bytes(info), state, scope == Scope::query_head ? info.group_size : 1);
   }
 
@@ -431,50 +433,51 @@ class Run {
     return spans;
   }
 
-  static int asked_budget(const Input& input, const Column& c) {
+  static int asked_budget(const Input& input, const Column& c, int layer) {
     return c.budget.unit == Budget::Unit::none ? input.n_tokens
-                                               : tokens(input, *c.method, c.budget, c.method->traits.scope);
+                                               : tokens(input, *c.method, layer, c.budget, c.method->traits.scope);
   }
 
   // Of the selector before the "/"; what a compensator keeps is charged to the other's.
-  static int asked_prompt_budget(const Input& input, const Column& c) {
+  static int asked_prompt_budget(const Input& input, const Column& c, int layer) {
     const TraceInfo& info = input.reader.info();
     const Method& m = *c.method;
     return m.prefill_budget.unit == Budget::Unit::none
-               ? asked_budget(input, c)
+               ? asked_budget(input, c, layer)
                : m.prefill_budget.tokens(input.prompt_len, slot_bytes(info), {},
                                          m.prefill_traits.scope == Scope::query_head ? info.group_size : 1);
   }
 
-  // A budget of so many tokens per set in each layer of the trace in the run, as an allocator divides it.
-  struct Shares {
-    std::vector<int> layers;              // mean over a layer's sets
-    std::vector<std::vector<int>> heads;  // per layer: of the KV heads; empty: all alike, or as their scores say
+  // What an allocator makes of a budget of so many tokens per set and layer in one layer of the run.
+  struct Share {
+    int layer = 0;           // mean over the layer's sets
+    std::vector<int> heads;  // of the KV heads; empty: all alike, or as their scores say
   };
-  static Shares shares(const Input& input, const std::optional<PartUse>& use, int budget) {
-    const std::size_t n = input.layers.size();
+  static Share share(const Input& input, const Column& c, std::size_t l) {
+    return share(input, c.method->allocate, l, [&](int layer) { return asked_budget(input, c, layer); });
+  }
+  static Share prompt_share(const Input& input, const Column& c, std::size_t l) {
+    return share(input, c.method->prefill_allocate, l, [&](int layer) { return asked_prompt_budget(input, c, layer); });
+  }
+  template <typename Asked>
+  static Share share(const Input& input, const std::optional<PartUse>& use, std::size_t l, const Asked& asked) {
+    std::span<const int> layers = input.layers;
+    if (!use || allocator_of(*use, layers[l])->per_layer()) {
+      layers = layers.subspan(l, 1);
+    }
+    const int budget = asked(layers[0]);
     if (!use) {
-      return {std::vector<int>(n, budget), std::vector<std::vector<int>>(n)};
+      return {budget, {}};
     }
     const TraceInfo& info = input.reader.info();
-    const std::size_t n_together = allocator_of(*use, input.layers[0])->per_layer() ? 1 : n;
-    Shares s;
-    for (std::size_t first = 0; first < n; first += n_together) {
-      const std::span<const int> layers = std::span(input.layers).subspan(first, n_together);
-      const auto allocator = allocator_of(*use, layers[0]);
-      Allocator::Layers together{layers, info.n_layers,  input.prompt_len,
-                                 budget, input.n_tokens, head_worth(*use, layers, info.n_kv_heads)};
-      if (allocator->measures()) {
-        together.measured =
-            input.measured.at(canonical(*use)).middleRows(Eigen::Index(first), Eigen::Index(n_together));
-      }
-      const std::vector<int> budgets = allocator->over_layers(together);
-      s.layers.insert(s.layers.end(), budgets.begin(), budgets.end());
-      for (std::size_t l = 0; l < n_together; ++l) {
-        s.heads.push_back(allocator->over_heads(together, l));
-      }
+    const auto allocator = allocator_of(*use, layers[0]);
+    const std::size_t at = layers.size() == 1 ? 0 : l;
+    Allocator::Layers together{layers, info.n_layers,  input.prompt_len,
+                               budget, input.n_tokens, head_worth(*use, layers, info.n_kv_heads)};
+    if (allocator->measures()) {
+      together.measured = input.measured.at(canonical(*use)).middleRows(Eigen::Index(l - at), std::ssize(layers));
     }
-    return s;
+    return {allocator->over_layers(together)[at], allocator->over_heads(together, at)};
   }
 
   // Recorded evictions of one layer: (n_sets, tokens of the run). The file has all of the trace's.
@@ -532,11 +535,29 @@ class Run {
     return some.empty() || std::find(some.begin(), some.end(), layer) != some.end();
   }
 
+  std::vector<int> to_replay(const Input& input) const {
+    std::vector<int> some;
+    std::copy_if(input.layers.begin(), input.layers.end(), std::back_inserter(some),
+                 [&](int layer) { return replayed(layer); });
+    return some;
+  }
+
+  // The layers that a method's cells depend on: those to replay, and all of the run where a budget is divided over
+  // them.
+  std::vector<int> layers_of(const Input& input, const Method& m) const {
+    std::vector<int> some = to_replay(input);
+    for (const auto* part : {&m.prefill_allocate, &m.allocate}) {
+      if (*part && !allocator_of(**part, some.front())->per_layer()) {
+        return input.layers;
+      }
+    }
+    return some;
+  }
+
   void replay_all() {
     total_ = 0;
     for (const auto& input : inputs_) {
-      const auto n = std::count_if(input->layers.begin(), input->layers.end(), [&](int l) { return replayed(l); });
-      total_ += double(std::size_t(n) * columns_.size()) * input->n_steps();
+      total_ += double(to_replay(*input).size() * columns_.size()) * input->n_steps();
     }
     double done = 0;
     for (const auto& input : inputs_) {
@@ -605,16 +626,16 @@ class Run {
       std::vector<std::vector<std::vector<std::int32_t>>> recorded(n);
       for (std::size_t i = 0; i < n; ++i) {
         const Column& c = columns_[first + i];
-        const Shares whole = shares(input, c.method->allocate, asked_budget(input, c));
+        const Share whole = share(input, c, l);
         Job job{.method = c.method,
-                .budget = whole.layers[l],
-                .head_budgets = whole.heads[l],
+                .budget = whole.layer,
+                .head_budgets = whole.heads,
                 .prompt_head_budgets = {},
                 .evicted_at = nullptr};
         if (c.method->prefill_select) {
-          const Shares prompt = shares(input, c.method->prefill_allocate, asked_prompt_budget(input, c));
-          job.prompt_budget = prompt.layers[l];
-          job.prompt_head_budgets = prompt.heads[l];
+          const Share prompt = prompt_share(input, c, l);
+          job.prompt_budget = prompt.layer;
+          job.prompt_head_budgets = prompt.heads;
         }
         if (const std::string path = c.method->needs().evicted_at; !path.empty()) {
           recorded[i] = read_evicted_at(input, *c.method, path, layer);

@@ -102,6 +102,12 @@ def replayed(results, *arguments):
     return new
 
 
+def test_layers_of_several_traces(trace, tmp_path):
+    one = make(tmp_path / "one.h5", layers=(0,), n_heads=4, n_kv_heads=2, seed=3)
+    good_run([one, trace], tmp_path / "out", "-m", "tova+zigzag", "-b", "20")
+    assert_refused(kvreplay("explain", tmp_path / "out", "-m", "tova+zigzag", "--layers", "0"), 2, "tova+zigzag")
+
+
 def test_a_layer_alone_under_an_allocator_that_asks_for_no_other(results):
     def errors(folder, budget):
         return [(r["layer"], r["q_head"], r["mean"]) for r in rows(folder)

@@ -302,34 +302,57 @@ def test_a_value_more_costs_its_own_cells_alone(plan, tmp_path, old, new, n_new)
     assert good_sweep(plan, out) == cells and state(out) == after
 
 
-def test_a_layer_more(plan, tmp_path):
-    """Redone is what divides the budget over the layers in use, and nothing else."""
+@pytest.fixture()
+def three_layers(tmp_path):
+    """A trace of layers 0, 1 and 3 with named spans, and tables for them."""
     make(tmp_path / "plain.h5", layers=(0, 1, 3), n_heads=4, n_kv_heads=2)
     spans = kvreplay("repack", tmp_path / "plain.h5", tmp_path / "s.h5", "--profile", "working", "--span", "first=3:9",
                      "--span", "then=20:40")
     assert spans.returncode == 0, spans.stderr
-    (tmp_path / "scores.json").write_text('{"0": [0.1, 0.4], "1": [0.3, 0.2], "3": [0.8, 0.1]}')
-    (tmp_path / "alpha.json").write_text('{"0": 0.1, "1": 0.4, "3": 0.9}')
-    (tmp_path / "beta.json").write_text('{"0": 2, "1": 4, "3": 2}')
+    tables = {"scores": {"0": [0.1, 0.4], "1": [0.3, 0.2], "3": [0.8, 0.1]}, "alpha": {"0": 0.1, "1": 0.4, "3": 0.9},
+              "beta": {"0": 2, "1": 4, "3": 2}, "atoms": {"0": 2, "1": 8, "3": 4}, "two": {"0": 2, "1": 3}}
+    for name, values in tables.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    return lambda layers, methods, budgets: write_plan(tmp_path, (
+        f'traces = ["s.h5"]\nlayers = {layers}\nmethods = {json.dumps(methods)}\nbudgets = {json.dumps(budgets)}\n'))
+
+
+def test_a_layer_more(three_layers, tmp_path):
+    """Redone is what divides the budget over the layers in use, and nothing else."""
     alone = ["h2o", "momentkv", "h2o+adakv", "h2o+adakv:alpha=@alpha.json", "h2o+fair", "h2o+whitelist:spans=first",
-             "h2o+pyramid:window=2", "h2o+pyramid:window=2,beta=@beta.json", "snapkv:obs_window=4+adakv/tova"]
+             "h2o+pyramid:window=2", "h2o+pyramid:window=2,beta=@beta.json", "snapkv:obs_window=4+adakv/tova",
+             "h2o+atoms:atoms=@atoms.json", "h2o+adakv+atoms:atoms=@atoms.json"]
     over_layers = ["h2o+zigzag", "h2o+d2o_layers", "h2o+headkv:window=4,scores=@scores.json",
                    "h2o+surface_logic:surface=@scores.json", "snapkv:obs_window=4+zigzag/h2o"]
-    text = f'traces = ["s.h5"]\nmethods = {json.dumps(alone + over_layers)}\nbudgets = [16]\nlayers = [0, 3]\n'
-    plan.write_text(text)
+    budgets = [16, "4KiB"]
     out = tmp_path / "out"
-    two = good_sweep(plan, out)
+    two = good_sweep(three_layers([0, 3], alone + over_layers, budgets), out)
     before = state(out)
-    plan.write_text(text.replace("[0, 3]", "[0, 1, 3]"))
+    plan = three_layers([0, 1, 3], alone + over_layers, budgets)
     three = good_sweep(plan, out)
     after = state(out)
     assert all(after[name] == before[name] for name in before)
     redone = sum(len(keys(out / "items" / name)) for name in set(after) - set(before) if name.endswith(".cells"))
-    assert redone == len(alone) + 3 * len(over_layers)  # layer 1 of all, layers 0 and 3 of these
+    assert redone == 2 * (len(alone) + 3 * len(over_layers))  # layer 1 of all, layers 0 and 3 of these
     good_sweep(plan, tmp_path / "fresh")
     assert (tmp_path / "fresh" / "cells.csv").read_bytes() == (out / "cells.csv").read_bytes()
     kept = [c for c in three if c in two]
     assert {c["label"] for c in kept} >= set(alone) and len(kept) < len(two)
+    tokens = {c["layer"]: c["budget_tokens"] for c in three
+              if c["label"] == "h2o+atoms:atoms=@atoms.json" and c["budget"] == "4KiB"}
+    assert len(set(tokens.values())) == 3  # what each layer's atoms leave of the bytes
+
+
+def test_a_layer_fails_alone(three_layers, tmp_path):
+    """Its table has no row for layer 3; layer 3 gets less than the window."""
+    methods = ["h2o", "h2o:sink=@two.json", "snapkv:obs_window=8+pyramid:window=2,beta=2"]
+    for out, layers in ("grown", [0, 1]), ("grown", [0, 1, 3]), ("fresh", [0, 1, 3]):
+        done = sweep(three_layers(layers, methods, [10]), tmp_path / out)
+        assert done.returncode == (1 if 3 in layers else 0), done.stderr
+    assert "no value for layer 3" in done.stderr and "obs_window=8 protects 8" in done.stderr
+    assert counts(tmp_path / "fresh") == counts(tmp_path / "grown") == (7, 2, 0)
+    assert (tmp_path / "fresh" / "cells.csv").read_bytes() == (tmp_path / "grown" / "cells.csv").read_bytes()
+    assert [c["layer"] for c in table(tmp_path / "fresh")] == ["0", "0", "0", "1", "1", "1", "3"]
 
 
 def test_a_trace_more(plan, tmp_path):
@@ -558,7 +581,7 @@ def test_cells_that_fail_are_told_and_the_rest_goes_on(plan, tmp_path):
         done = sweep(plan, out)
         assert done.returncode == 1, done
         said = done.stderr.splitlines()
-        assert len(said) == 3 and all(line.startswith("kvreplay: ") for line in said)
+        assert len(said) == 1 + 4 and all(line.startswith("kvreplay: ") for line in said)
         assert any("window=12" in line and "budget of 8" in line and "3 more cells" in line for line in said), said
         assert any("scores 'mine'" in line for line in said), said
         assert f"({n_before} were there before)" in done.stdout
