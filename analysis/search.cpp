@@ -249,7 +249,7 @@ class Searching {
   }
 
   // One range: evenly within the two gaps beside the best, more in the wider one.  `at` is a copy: points_ grows.
-  void between(const Point at, int n) {
+  void between(const Point at, int n) {  // NOLINT(performance-unnecessary-value-param)
     const std::size_t a = ranges_.front();
     const double u = at.u[a];
     double left = 0, right = 1;
@@ -280,7 +280,8 @@ class Searching {
   }
 
   // Several ranges: evenly in a box around the best, half as wide in every round; lists stay at the best's value.
-  void around(const Point at, int n, int round, std::size_t c) {
+  void around(const Point at, int n, int round,
+              std::size_t c) {  // NOLINT(performance-unnecessary-value-param): as above
     const double half = spacing_ * std::pow(0.5, round);
     Sequence sequence(ranges_.size(), options_.seed, 1 + c + 1000 * std::uint64_t(round + 1));
     int added = 0;

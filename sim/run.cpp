@@ -574,7 +574,7 @@ class Run {
           if (outcome_.n_cells == 0) {
             throw;
           }
-          outcome_.failed.push_back(e.what());
+          outcome_.failed.emplace_back(e.what());
           outcome_.trace_failed = true;
           break;
         }

@@ -65,7 +65,8 @@ class Quest final : public Reader {
   }
 
   double metadata_bytes(int n_slots) const override {
-    return dense_ ? 0 : page_bytes_ * ((n_slots + page_ - 1) / page_);
+    const int n_pages = (n_slots + page_ - 1) / page_;
+    return dense_ ? 0 : page_bytes_ * n_pages;
   }
   double scoring_bytes(int n_slots) const override { return metadata_bytes(n_slots); }
 

@@ -39,7 +39,8 @@ std::vector<double> lloyd_max(Density density, double lo, double hi, int n_level
       const double to = i + 1 < level.size() ? (level[i] + level[i + 1]) / 2 : hi;
       double mass = 0, sum = 0;
       for (int j = 0; j < 3 * kPieces; ++j) {
-        const double x = from + (to - from) * (j / 3 + 0.5 + kPoint[j % 3] / 2) / kPieces;
+        const int piece = j / 3;
+        const double x = from + (to - from) * (piece + 0.5 + kPoint[j % 3] / 2) / kPieces;
         const double w = density(x) * kWeight[j % 3];
         mass += w;
         sum += w * x;

@@ -81,7 +81,8 @@ class Tada final : public Rewriter {
     const double mean = config_.centre == Centre::heads    ? 2.0 * dim / n_heads
                         : config_.centre == Centre::tokens ? 2.0 * dim / config_.residual
                                                            : 0;
-    return mean + quantiser_.bytes(dim, (dim + config_.group - 1) / config_.group);
+    const int n_groups = (dim + config_.group - 1) / config_.group;
+    return mean + quantiser_.bytes(dim, n_groups);
   }
 
   void encode(std::vector<MatF>& lanes) const {

@@ -106,7 +106,7 @@ class Gkv final : public Selector {
   Eigen::RowVectorXd local(const View& view, int window, Eigen::Index n) const {
     std::vector<MatD> lanes;
     for (int lane = 0; lane < view.n_lanes; ++lane) {
-      lanes.push_back(last_attention(view, lane, window).leftCols(n));
+      lanes.emplace_back(last_attention(view, lane, window).leftCols(n));
     }
     const MatD by_voter = reduce_voters(view, lanes);
     Eigen::RowVectorXd s = by_voter.colwise().mean();

@@ -224,7 +224,8 @@ class InfiniPot final : public Selector {
           const MatD cos = past * recent.middleRows(begin, std::min(width, n_recent - begin)).transpose();
           like += cos.rowwise().maxCoeff();
         }
-        like /= (n_recent + width - 1) / width;
+        const int n_means = (n_recent + width - 1) / width;
+        like /= n_means;
       }
       for (int i = 0; i < first_recent; ++i) {
         out[at(i)] -= like[i] / static_cast<double>(units_.size());

@@ -62,7 +62,7 @@ const std::vector<std::string>& command_line() { return arguments; }
 }  // namespace kvreplay
 
 int main(int argc, char** argv) {
-  using namespace kvreplay;
+  using namespace kvreplay;  // NOLINT(google-build-using-namespace): ours, in main alone
   arguments.assign(argv, argv + argc);
   CLI::App app{"Replays KV-cache eviction policies on recorded attention and measures what they lose."};
   app.set_version_flag("--version", fmt::format("kvreplay {} ({}, {})", kVersion, kGitHash, kBuildFlags));

@@ -15,16 +15,16 @@ namespace {
 const char* const kSource = KVREPLAY_SOURCE_DIR;
 
 std::string environment(const char* name) {
-  const char* value = std::getenv(name);
+  const char* value = std::getenv(name);  // NOLINT(concurrency-mt-unsafe): nobody sets it meanwhile
   return value ? value : "";
 }
 
 std::string python() {
-  const std::string asked = environment("KVREPLAY_PYTHON");
+  std::string asked = environment("KVREPLAY_PYTHON");
   if (!asked.empty()) {
     return asked;
   }
-  const std::string own = std::string(kSource) + "/.venv/bin/python";
+  std::string own = std::string(kSource) + "/.venv/bin/python";
   if (!std::filesystem::exists(own)) {
     throw std::runtime_error("this command needs Python and there is none at " + own +
                              "; run scripts/setup once, or set KVREPLAY_PYTHON to an interpreter that has the "
@@ -62,8 +62,10 @@ void become_python(std::vector<std::string> arguments) {
   const std::string interpreter = python();
   const std::string packages = std::string(kSource) + "/analysis";
   const std::string path = environment("PYTHONPATH");
+  // NOLINTBEGIN(concurrency-mt-unsafe): no thread is left of this process
   setenv("PYTHONPATH", (path.empty() ? packages : packages + ":" + path).c_str(), 1);
   setenv("PYTHONSAFEPATH", "1", 1);  // a copy.py in the user's folder is not the library's
+  // NOLINTEND(concurrency-mt-unsafe)
   arguments.insert(arguments.begin(), {interpreter, "-m", "kvreplay_analysis"});
   std::vector<char*> argv;
   for (std::string& argument : arguments) {

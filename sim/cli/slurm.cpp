@@ -20,7 +20,7 @@ std::string own_path() {
 }
 
 int number_in(const char* name, int otherwise) {
-  const char* text = std::getenv(name);
+  const char* text = std::getenv(name);  // NOLINT(concurrency-mt-unsafe): nobody sets it meanwhile
   if (text == nullptr) {
     return otherwise;
   }

@@ -135,7 +135,7 @@ RunRequest request_of(const Options& o) {
 std::shared_ptr<Results> run_request(RunRequest& r, const py::object& on_progress, const py::handle& error_type) {
   ActiveRun active;
   r.stop = &active.stop;
-  const auto results = std::make_shared<Results>();
+  auto results = std::make_shared<Results>();
   r.cell = [&](const CellId& id, const CellResult& cell, const Layer&) {
     results->cells.push_back(std::make_shared<Cell>(Cell{id, cell}));
   };

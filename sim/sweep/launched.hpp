@@ -9,7 +9,7 @@ namespace kvreplay {
 inline int n_launched() {
   int n = 1;
   for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"}) {
-    if (const char* text = std::getenv(name)) {
+    if (const char* text = std::getenv(name)) {  // NOLINT(concurrency-mt-unsafe): nobody sets it meanwhile
       n = std::max(n, std::atoi(text));
     }
   }
