@@ -335,7 +335,7 @@ int run(const std::vector<std::string>& arguments) {
 }  // namespace kvreplay
 
 int main(int argc, char** argv) {
-  using namespace kvreplay;
+  using namespace kvreplay;  // NOLINT(google-build-using-namespace): ours, in main alone
   hold_standard_streams();
   try {
     const int code = run(std::vector<std::string>(argv, argv + argc));
