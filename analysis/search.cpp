@@ -249,7 +249,8 @@ class Searching {
   }
 
   // One range: evenly within the two gaps beside the best, more in the wider one.  `at` is a copy: points_ grows.
-  void between(const Point at, int n) {  // NOLINT(performance-unnecessary-value-param)
+  // NOLINTNEXTLINE(performance-unnecessary-value-param)
+  void between(const Point at, int n) {
     const std::size_t a = ranges_.front();
     const double u = at.u[a];
     double left = 0, right = 1;
@@ -280,8 +281,8 @@ class Searching {
   }
 
   // Several ranges: evenly in a box around the best, half as wide in every round; lists stay at the best's value.
-  void around(const Point at, int n, int round,
-              std::size_t c) {  // NOLINT(performance-unnecessary-value-param): as above
+  // NOLINTNEXTLINE(performance-unnecessary-value-param): a copy here too
+  void around(const Point at, int n, int round, std::size_t c) {
     const double half = spacing_ * std::pow(0.5, round);
     Sequence sequence(ranges_.size(), options_.seed, 1 + c + 1000 * std::uint64_t(round + 1));
     int added = 0;

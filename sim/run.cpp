@@ -542,8 +542,7 @@ class Run {
     return some;
   }
 
-  // The layers that a method's cells depend on: those to replay, and all of the run where a budget is divided over
-  // them.
+  // The layers that a method's cells depend on: those to replay, or all where a budget is divided over the run's.
   std::vector<int> layers_of(const Input& input, const Method& m) const {
     std::vector<int> some = to_replay(input);
     for (const auto* part : {&m.prefill_allocate, &m.allocate}) {
