@@ -527,18 +527,13 @@ class Explain {
 
   // An allocator over layers gives a layer what the others do not need: with fewer layers it would give other budgets.
   void check_allocator(const Method& method) const {
-    if (over_layers(method.allocate) || over_layers(method.prefill_allocate)) {
+    const auto& traces = recorded_.traces;
+    if (!request_.layers.empty() && divides_over_layers(method) &&
+        std::any_of(traces.begin(), traces.end(), [](const Recorded::Trace& t) { return t.layers.size() > 1; })) {
       throw ConfigError("--layers: " + method.label +
                         " spreads its budget over all layers of the run, and may have another one on fewer; leave "
                         "--layers away");
     }
-  }
-
-  bool over_layers(const std::optional<PartUse>& use) const {
-    const auto& traces = recorded_.traces;
-    return use && !request_.layers.empty() &&
-           std::any_of(traces.begin(), traces.end(), [](const Recorded::Trace& t) { return t.layers.size() > 1; }) &&
-           !use->info->allocate(use->config(traces[0].layers[0]).get())->per_layer();
   }
 
   // Where the explanation goes; run() makes it.

@@ -333,10 +333,6 @@ std::vector<const PartUse*> parts_of(const Method& m) {
   return parts;
 }
 
-bool over_sets(const PartUse& allocator) {
-  return allocator.info->allocate(configs(allocator).front().get())->over_sets();
-}
-
 void refuse_one_set(const std::string& label, const PartUse& allocator, const PartUse& select) {
   throw ConfigError(label + ": allocator " + quoted(allocator.info->name) +
                     " spreads a budget over the heads of a layer, but with scope=layer " + quoted(select.info->name) +
@@ -350,19 +346,19 @@ void refuse_combinations(const Method& m) {
   const auto refuse = [&](const std::string& why) { throw ConfigError(m.label + ": " + why); };
   if (m.allocate) {
     const std::string name = quoted(m.allocate->info->name);
-    const bool ranks_tokens = m.allocate->info->allocate(configs(*m.allocate).front().get())->ranks_tokens();
+    const auto allocator = any_allocator(*m.allocate);
     if (!m.select.info->budgeted(configs(m.select).front().get())) {
       refuse("allocator " + name + " has nothing to spread, because " + select + " has no budget");
     }
-    if (over_sets(*m.allocate) && m.traits.scope == Scope::layer) {
+    if (allocator->over_sets() && m.traits.scope == Scope::layer) {
       refuse_one_set(m.label, *m.allocate, m.select);
     }
-    if ((over_sets(*m.allocate) || ranks_tokens) && pinned) {
+    if ((allocator->over_sets() || allocator->ranks_tokens()) && pinned) {
       refuse("allocator " + name + " spreads a budget by the prompt's scores, but the prompt is pinned; " +
              (m.prefill_select ? "write it before the '/'" : unpin));
     }
   }
-  if (m.prefill_allocate && over_sets(*m.prefill_allocate) && m.prefill_traits.scope == Scope::layer) {
+  if (m.prefill_allocate && any_allocator(*m.prefill_allocate)->over_sets() && m.prefill_traits.scope == Scope::layer) {
     refuse_one_set(m.label, *m.prefill_allocate, *m.prefill_select);
   }
   if (m.read && pinned) {
@@ -624,6 +620,15 @@ Method parse_method(const std::string& text, const TableReader& read_table) {
     }
   }
   return m;
+}
+
+std::unique_ptr<Allocator> any_allocator(const PartUse& allocator) {
+  return allocator.info->allocate(configs(allocator).front().get());
+}
+
+bool divides_over_layers(const Method& m) {
+  const auto divides = [](const std::optional<PartUse>& use) { return use && !any_allocator(*use)->per_layer(); };
+  return divides(m.prefill_allocate) || divides(m.allocate);
 }
 
 MatD head_worth(const PartUse& allocator, std::span<const int> layers, int n_kv_heads) {

@@ -76,6 +76,10 @@ struct Method {
 // ConfigError names the offending piece, what is allowed and the nearest valid name.
 Method parse_method(const std::string& text, const TableReader& read_table = {});
 
+// The allocator of any of its layers and heads, to ask what does not depend on their values.
+std::unique_ptr<Allocator> any_allocator(const PartUse&);
+// True if what one layer gets depends on the other layers of the run: an allocator is not per_layer().
+bool divides_over_layers(const Method&);
 // Allocator::Layers::worth of these layers.
 MatD head_worth(const PartUse& allocator, std::span<const int> layers, int n_kv_heads);
 

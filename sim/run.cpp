@@ -285,7 +285,7 @@ class Run {
       std::map<std::string, const PartUse*> allocators;  // that measure, by their text
       for (const Column& c : columns_) {
         for (const auto* part : {&c.method->prefill_allocate, &c.method->allocate}) {
-          if (*part && allocator_of(**part, to_replay(*input).front())->measures()) {
+          if (*part && any_allocator(**part)->measures()) {
             allocators.emplace(canonical(**part), &**part);
           }
         }
@@ -461,19 +461,21 @@ class Run {
   }
   template <typename Asked>
   static Share share(const Input& input, const std::optional<PartUse>& use, std::size_t l, const Asked& asked) {
-    std::span<const int> layers = input.layers;
-    if (!use || allocator_of(*use, layers[l])->per_layer()) {
-      layers = layers.subspan(l, 1);
-    }
-    const int budget = asked(layers[0]);
     if (!use) {
-      return {budget, {}};
+      return {asked(input.layers[l]), {}};
     }
     const TraceInfo& info = input.reader.info();
-    const auto allocator = allocator_of(*use, layers[0]);
-    const std::size_t at = layers.size() == 1 ? 0 : l;
-    Allocator::Layers together{layers, info.n_layers,  input.prompt_len,
-                               budget, input.n_tokens, head_worth(*use, layers, info.n_kv_heads)};
+    std::span<const int> layers = input.layers;
+    std::size_t at = l;
+    auto allocator = allocator_of(*use, layers[l]);
+    if (allocator->per_layer()) {
+      layers = layers.subspan(l, 1);
+      at = 0;
+    } else {
+      allocator = allocator_of(*use, layers[0]);  // they divide by one layer's values
+    }
+    Allocator::Layers together{layers,           info.n_layers,  input.prompt_len,
+                               asked(layers[0]), input.n_tokens, head_worth(*use, layers, info.n_kv_heads)};
     if (allocator->measures()) {
       together.measured = input.measured.at(canonical(*use)).middleRows(Eigen::Index(l - at), std::ssize(layers));
     }
@@ -544,13 +546,7 @@ class Run {
 
   // The layers that a method's cells depend on: those to replay, or all where a budget is divided over the run's.
   std::vector<int> layers_of(const Input& input, const Method& m) const {
-    std::vector<int> some = to_replay(input);
-    for (const auto* part : {&m.prefill_allocate, &m.allocate}) {
-      if (*part && !allocator_of(**part, some.front())->per_layer()) {
-        return input.layers;
-      }
-    }
-    return some;
+    return divides_over_layers(m) ? input.layers : to_replay(input);
   }
 
   void replay_all() {

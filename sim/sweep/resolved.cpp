@@ -204,6 +204,7 @@ class Resolving {
     }
     method.label = m.label;
     method.name = m.name;
+    method.divides = divides_over_layers(m);
     const std::vector<std::string>& asked = from.own_budgets ? from.budgets : plan_.budgets;
     method.budgets = m.budgeted() ? asked : std::vector<std::string>{""};
     for (std::size_t i = 0; m.budgeted() && i < asked.size(); ++i) {
@@ -226,14 +227,10 @@ class Resolving {
     }
     for (const PartUse* part : m.parts()) {
       add_files(*part, method.files);
-      if (part->info->role == Role::allocate) {
-        const auto allocator = part->info->allocate(any_config(*part).get());
-        method.divides |= !allocator->per_layer();
-        if (allocator->measures()) {
-          std::map<std::string, std::string> files;
-          add_files(*part, files);
-          method.measuring[canonical(*part)] = canonical(*part) + "\n" + lines(files);
-        }
+      if (part->info->role == Role::allocate && any_allocator(*part)->measures()) {
+        std::map<std::string, std::string> files;
+        add_files(*part, files);
+        method.measuring[canonical(*part)] = canonical(*part) + "\n" + lines(files);
       }
     }
     if (const std::string recorded = m.needs().evicted_at; !recorded.empty()) {
@@ -244,15 +241,6 @@ class Resolving {
     if (sweep_.methods.size() > kMostMethods) {
       throw ConfigError(fmt::format("the plan makes more than {} methods", kMostMethods));
     }
-  }
-
-  static std::shared_ptr<void> any_config(const PartUse& part) {
-    for (const Setting& s : part.settings) {
-      if (s.table) {
-        return part.config(s.table->layers.front(), 0);
-      }
-    }
-    return part.config();
   }
 
   // The method's text with the file of recorded evictions where the plan lies, the same from every working folder.
