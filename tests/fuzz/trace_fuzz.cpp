@@ -25,7 +25,7 @@ struct Id {  // of whatever kind
   }
   Id(const Id&) = delete;
   Id& operator=(const Id&) = delete;
-  operator hid_t() const { return id; }
+  operator hid_t() const { return id; }  // NOLINT(google-explicit-constructor): it stands for the number in calls
 };
 
 enum class Kind { i8, u8, i16, i32, i64, u64, be32, f32, f64, bf16, fixed_text, text, compound, boolean, list, opaque };

@@ -389,7 +389,8 @@ TEST_CASE("entries are a share of the budget, and cost two vectors and a count e
   shape.v_head_dim = 64;
   for (const int budget : {1, 100, 1024}) {
     shape.budget = budget;
-    CHECK(clusters.compensate(config.get(), shape)->state_bytes() == 4.0 * (budget / 5) * (128 + 64 + 1));
+    const int entries = budget / 5;
+    CHECK(clusters.compensate(config.get(), shape)->state_bytes() == 4.0 * entries * (128 + 64 + 1));
   }
 }
 

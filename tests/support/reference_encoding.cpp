@@ -385,7 +385,7 @@ MatD joint_keys(const ToyLayer& layer, bool before_rope) {
 MatD directions(const ToyLayer& layer, int rank) {
   const MatD prompt = joint_keys(layer, true).topRows(layer.options.prompt_len);
   const Eigen::JacobiSVD<MatD> svd(prompt, Eigen::ComputeThinV);
-  const Eigen::VectorXd s = svd.singularValues();
+  const Eigen::VectorXd& s = svd.singularValues();
   Eigen::Index n = 0;
   while (n < std::min<Eigen::Index>(rank, s.size()) && s[n] * s[n] > 1e-9 * s[0] * s[0]) {
     ++n;

@@ -46,7 +46,7 @@ Matrix softmax(const Matrix& logits) {
 // x b = y with a ridge, through singular values.
 Matrix ridge_solve(const Matrix& x, const Matrix& y, double relative) {
   const Eigen::JacobiSVD<Matrix> svd(x, Eigen::ComputeThinU | Eigen::ComputeThinV);
-  const Eigen::VectorXd s = svd.singularValues();
+  const Eigen::VectorXd& s = svd.singularValues();
   const double ridge = relative * s[0] * s[0];
   return svd.matrixV() * (s.array() / (s.array().square() + ridge)).matrix().asDiagonal() * svd.matrixU().transpose() *
          y;

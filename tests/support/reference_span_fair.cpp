@@ -99,7 +99,7 @@ class Fair : public Wrapped {
           }
         }
         std::sort(remainders.begin(), remainders.end());
-        for (int i = 0; i < static_cast<int>(left - given + 0.5); ++i) {
+        for (int i = 0; i < std::lround(left - given); ++i) {
           quota[remainders[static_cast<std::size_t>(i)].second] += 1;
         }
       }

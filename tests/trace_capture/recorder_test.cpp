@@ -1,12 +1,12 @@
 // The ring between a decoder and the file: order, waiting, and what happens when either side fails.
 #include "trace_capture/recorder.hpp"
 
-#include <signal.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <catch2/catch.hpp>
+#include <csignal>
 #include <limits>
 #include <numeric>
 

@@ -301,7 +301,7 @@ TEST_CASE("a flipped bit is refused or changes nothing") {
 
 TEST_CASE("arrays that share bytes, and filters that are not ours, are refused") {
   const TemporaryFolder folder;
-  const auto path = folder / "t.h5";
+  auto path = folder / "t.h5";
   const auto file = std::make_shared<const FileBytes>([&] {
     write_bytes(path, std::vector<char>(4096, 0));
     return path;

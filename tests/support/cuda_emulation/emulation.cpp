@@ -1,6 +1,5 @@
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
-#include <setjmp.h>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -8,6 +7,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <csetjmp>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -48,7 +48,7 @@ struct cublasContext {
 namespace kvreplay::emulation {
 namespace {
 
-const char* const eager = std::getenv("KVREPLAY_EMULATED_EAGER");
+const char* const eager = std::getenv("KVREPLAY_EMULATED_EAGER");  // NOLINT(concurrency-mt-unsafe): before main
 std::recursive_mutex mutex;
 std::atomic<std::uint64_t> n_enqueued_ever{0};
 int device_count = 1;
