@@ -196,7 +196,7 @@ class Allocator {
     // them (n_heads, prompt_len).
     std::vector<MatD> column_mass;
   };
-  virtual bool measures() const { return false; }
+  virtual bool measures() const { return false; }                          // the same whatever the values
   virtual std::vector<double> measure(const Prompt&) const { return {}; }  // as many numbers in every layer
   // What one KV head is worth to the allocator made with its layer's and head's values.
   virtual double worth() const { return 1; }

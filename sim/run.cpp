@@ -465,15 +465,10 @@ class Run {
       return {asked(input.layers[l]), {}};
     }
     const TraceInfo& info = input.reader.info();
-    std::span<const int> layers = input.layers;
-    std::size_t at = l;
-    auto allocator = allocator_of(*use, layers[l]);
-    if (allocator->per_layer()) {
-      layers = layers.subspan(l, 1);
-      at = 0;
-    } else {
-      allocator = allocator_of(*use, layers[0]);  // they divide by one layer's values
-    }
+    const bool alone = any_allocator(*use)->per_layer();
+    const std::span<const int> layers = alone ? std::span(input.layers).subspan(l, 1) : input.layers;
+    const std::size_t at = alone ? 0 : l;
+    const auto allocator = allocator_of(*use, layers[0]);
     Allocator::Layers together{layers,           info.n_layers,  input.prompt_len,
                                asked(layers[0]), input.n_tokens, head_worth(*use, layers, info.n_kv_heads)};
     if (allocator->measures()) {

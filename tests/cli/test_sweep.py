@@ -232,6 +232,15 @@ def test_tables_of_values_lie_beside_the_plan(plan, tmp_path):
     assert len(table(tmp_path / "out")) == 2
 
 
+def test_tables_may_meet_in_the_layers_in_use_only(plan, tmp_path):
+    (tmp_path / "surface.json").write_text('{"0": 0.9, "1": 0.9}')
+    (tmp_path / "logic.json").write_text('{"1": 0.2, "2": 0.2}')
+    text = 'traces = ["a.h5"]\nbudgets = [8]\nmethods = ["h2o+surface_logic:surface=@surface.json,logic=@logic.json"]\n'
+    plan.write_text(text + "layers = [1]\n")
+    good_sweep(plan, tmp_path / "out")
+    assert [c["layer"] for c in table(tmp_path / "out")] == ["1"]
+
+
 def test_allocators_that_measure_layers(plan, tmp_path):
     """What they measured is an item of its own, done once and before the cells that divide by it."""
     plan.write_text('traces = ["*.h5"]\nmethods = ["h2o+zigzag", "h2o"]\nbudgets = [12]\n')

@@ -301,11 +301,9 @@ TEST_CASE("a flipped bit is refused or changes nothing") {
 
 TEST_CASE("arrays that share bytes, and filters that are not ours, are refused") {
   const TemporaryFolder folder;
-  auto path = folder / "t.h5";
-  const auto file = std::make_shared<const FileBytes>([&] {
-    write_bytes(path, std::vector<char>(4096, 0));
-    return path;
-  }());
+  const auto path = folder / "t.h5";
+  write_bytes(path, std::vector<char>(4096, 0));
+  const auto file = std::make_shared<const FileBytes>(path);
   const auto contiguous = [&](std::uint64_t offset, std::uint64_t bytes) {
     return StoredArray(file, "t.h5: /a", ElementType::f32, {1, 4, 4}, {{}, false, false, {{offset, bytes}}}, 4);
   };
