@@ -180,6 +180,7 @@ void multiply_gate_one(const T* weight, const float* bias, const T* x, T* out, i
          bias, x, out, width, k);
 }
 
+// NOLINTBEGIN(bugprone-macro-parentheses): T is a type
 #define KVREPLAY_FOR(T)                                                               \
   template void gather<T>(const T*, const std::int32_t*, float*, int, int, Stream);   \
   template void rms_norm<T>(const float*, const float*, T*, int, int, float, Stream); \
@@ -189,6 +190,7 @@ void multiply_gate_one(const T* weight, const float* bias, const T* x, T* out, i
 KVREPLAY_FOR(float)
 KVREPLAY_FOR(F16)
 KVREPLAY_FOR(Bf16)
+// NOLINTEND(bugprone-macro-parentheses)
 #undef KVREPLAY_FOR
 
 }  // namespace kvreplay::cuda
