@@ -249,7 +249,6 @@ class Searching {
   }
 
   // One range: evenly within the two gaps beside the best, more in the wider one.  `at` is a copy: points_ grows.
-  // NOLINTNEXTLINE(performance-unnecessary-value-param)
   void between(const Point at, int n) {
     const std::size_t a = ranges_.front();
     const double u = at.u[a];
@@ -280,8 +279,7 @@ class Searching {
     }
   }
 
-  // Several ranges: evenly in a box around the best, half as wide in every round; lists stay at the best's value.
-  // NOLINTNEXTLINE(performance-unnecessary-value-param): a copy here too
+  // Several ranges: evenly in a box around the best, half as wide in every round; lists stay at the best's value. A copy here too.
   void around(const Point at, int n, int round, std::size_t c) {
     const double half = spacing_ * std::pow(0.5, round);
     Sequence sequence(ranges_.size(), options_.seed, 1 + c + 1000 * std::uint64_t(round + 1));

@@ -24,7 +24,7 @@ struct Quantiser {
   bool fp16_constants = true;
 
   // One group. A constant one is exact between minimum and maximum, which have no scale then.
-  void apply(Eigen::Ref<Eigen::VectorXf> x) const {  // NOLINT(performance-unnecessary-value-param): a view to write to
+  void apply(Eigen::Ref<Eigen::VectorXf> x) const {
     if (symmetric) {
       about_zero(x);
     } else {
