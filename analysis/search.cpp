@@ -279,7 +279,8 @@ class Searching {
     }
   }
 
-  // Several ranges: evenly in a box around the best, half as wide in every round; lists stay at the best's value. A copy here too.
+  // Several ranges: evenly in a box around the best, half as wide in every round; lists stay at the best's value.
+  // `at` is a copy here too.
   void around(const Point at, int n, int round, std::size_t c) {
     const double half = spacing_ * std::pow(0.5, round);
     Sequence sequence(ranges_.size(), options_.seed, 1 + c + 1000 * std::uint64_t(round + 1));
