@@ -179,7 +179,7 @@ std::string middle_budget(const std::vector<std::string>& budgets, const Recorde
 
 fs::path find_trace(const Recorded::Trace& t, const ExplainRequest& request) {
   std::error_code ignored;
-  fs::path path = request.traces_in.empty() ? fs::path(t.path) : request.traces_in / fs::path(t.path).filename();
+  const fs::path path = request.traces_in.empty() ? fs::path(t.path) : request.traces_in / fs::path(t.path).filename();
   if (fs::exists(path, ignored)) {
     return path;
   }
