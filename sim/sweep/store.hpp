@@ -23,7 +23,7 @@ struct ColumnId {
   Metric metric{};
   std::string span;         // of a metric of spans
   std::string compensator;  // canonical; kOwn: the method's own, where it is not one of those measured beside
-  auto operator<=>(const ColumnId&) const = default;
+  auto operator<=>(const ColumnId&) const = default;  // NOLINT(modernize-use-nullptr): clang-tidy 14 sees one in it
 };
 inline constexpr const char* kOwn = "own";
 inline constexpr std::size_t kIdLength = 32;  // of a hash, in file names
