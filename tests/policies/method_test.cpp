@@ -245,8 +245,11 @@ TEST_CASE("a budget is tokens, a fraction of the prompt, or bytes") {
   CHECK_THROWS_WITH(tokens("100B", 1000, 512, 40), Contains("552 bytes") && Contains("100B"));
   // A state that grows with the set: a fifth as many entries of 1032 bytes each.
   const auto growing = [](const char* text) {
-    return Budget::parse(text).tokens(
-        1000, 512, [](int n) { return 1032.0 * (n / 5); }, 1);
+    const auto state = [](int n) {
+      const int entries = n / 5;
+      return 1032.0 * entries;
+    };
+    return Budget::parse(text).tokens(1000, 512, state, 1);
   };
   CHECK(growing("2048B") == 4);
   CHECK(growing("3591B") == 4);
