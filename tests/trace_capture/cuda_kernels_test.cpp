@@ -426,8 +426,8 @@ void check_packing(ElementType element) {
       rows.out = std::span(out).subspan(at, size);
       kvreplay::pack(plan, layout, index, rows, expected);
     }
-    const auto before = [&](const std::vector<Pos>& tokens) {
-      return std::lower_bound(tokens.begin(), tokens.end(), first) - tokens.begin();
+    const auto before = [begin = first](const std::vector<Pos>& tokens) {
+      return std::lower_bound(tokens.begin(), tokens.end(), begin) - tokens.begin();
     };
     const Array<std::byte> packet(std::vector<std::byte>(layout.bytes, std::byte{0}));
     Packing<T> packing{};
