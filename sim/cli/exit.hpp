@@ -12,6 +12,13 @@ struct Exit {
   ExitCode code;
 };
 
+// What is thrown as the user is told of it.
+struct Refusal {
+  ExitCode code;
+  std::string sentence;
+};
+Refusal current_refusal();  // in a catch block
+
 // argv of this process.
 const std::vector<std::string>& command_line();
 

@@ -57,6 +57,22 @@ std::string usage_sentence(const CLI::App& app, const CLI::ParseError& e) {
 
 }  // namespace
 
+Refusal current_refusal() {
+  try {
+    throw;
+  } catch (const ConfigError& e) {
+    return {kUsage, e.what()};
+  } catch (const TraceError& e) {
+    return {kTrace, e.what()};
+  } catch (const std::bad_alloc&) {
+    return {kOther, "out of memory; lower --memory or replay fewer methods at once"};
+  } catch (const std::exception& e) {
+    return {kOther, e.what()};
+  } catch (...) {
+    return {kOther, "something was thrown that says nothing; a plug-in may have done it"};
+  }
+}
+
 const std::vector<std::string>& command_line() { return arguments; }
 
 }  // namespace kvreplay
@@ -91,15 +107,8 @@ int main(int argc, char** argv) {
     return fail(kUsage, usage_sentence(app, e));
   } catch (const Exit& e) {
     return e.code;
-  } catch (const ConfigError& e) {
-    return fail(kUsage, e.what());
-  } catch (const TraceError& e) {
-    return fail(kTrace, e.what());
-  } catch (const std::bad_alloc&) {
-    return fail(kOther, "out of memory; lower --memory or replay fewer methods at once");
-  } catch (const std::exception& e) {
-    return fail(kOther, e.what());
   } catch (...) {
-    return fail(kOther, "something was thrown that says nothing; a plug-in may have done it");
+    const Refusal refusal = current_refusal();
+    return fail(refusal.code, refusal.sentence);
   }
 }

@@ -157,18 +157,6 @@ void print_outcome(const SweepRequest& r, const SweepOutcome& outcome) {
   }
 }
 
-ExitCode code_of_current_exception() {
-  try {
-    throw;
-  } catch (const ConfigError&) {
-    return kUsage;
-  } catch (const TraceError&) {
-    return kTrace;
-  } catch (...) {
-    return kOther;
-  }
-}
-
 // What a process may take where the user says nothing, as RunRequest::memory.
 std::uint64_t free_memory() {
   return std::uint64_t(0.75 * double(::sysconf(_SC_AVPHYS_PAGES)) * double(::sysconf(_SC_PAGESIZE)));
@@ -205,11 +193,11 @@ void run_sweep(const SweepOptions& o, bool emit_slurm) {
   } catch (const TeamFailed& failed) {
     throw Exit{ExitCode(failed.code)};
   } catch (...) {
-    const ExitCode code = code_of_current_exception();
-    if (team->fail(code)) {
-      throw;
+    const Refusal refusal = current_refusal();
+    if (team->fail(refusal.code)) {
+      say(refusal.sentence);  // before the team parts: a launcher ends all once one has exited so
     }
-    throw Exit{code};
+    throw Exit{refusal.code};
   }
   if (team->leads()) {
     print_outcome(r, outcome);

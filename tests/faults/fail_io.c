@@ -7,6 +7,8 @@
  *                   SHORT: half of it is written, then as ENOSPC;  KILL: SIGKILL in place of the call;
  *                   TOUCH: FAIL_IO_TOUCH is written again in place of the call, which then goes on
  *   FAIL_IO_REPORT  file that receives the number of calls
+ *
+ * FAIL_IO_LATE alone: seconds by which a sentence of ours reaches stderr late, whatever signals come.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -35,6 +37,14 @@ static atomic_int n_calls;
 static atomic_bool full; /* the disk, from the failed call on */
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+int fputs(const char* text, FILE* file) {
+  const char* late = file == stderr && strncmp(text, "kvreplay: ", 10) == 0 ? getenv("FAIL_IO_LATE") : NULL;
+  for (unsigned left = late == NULL ? 0 : (unsigned)atoi(late); left > 0;) {
+    left = sleep(left);
+  }
+  return REAL(fputs)(text, file);
+}
 
 __attribute__((constructor)) static void begin(void) {
   const char* text = getenv("FAIL_IO_UNDER");

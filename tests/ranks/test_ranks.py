@@ -140,6 +140,15 @@ def test_what_is_refused_is_said_once(plan, tmp_path, text, code, word):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif("KVREPLAY_FAIL_IO" not in os.environ, reason="fail_io.so was not built")
+def test_what_is_refused_is_said_before_anyone_leaves(tmp_path):
+    """mpirun kills the others once one has exited with a failure."""
+    (tmp_path / "plan.toml").write_text("traces = 3\n")
+    done = subprocess.run(command(3, tmp_path / "plan.toml", tmp_path / "out"), capture_output=True, text=True, timeout=120,
+                          env={**RANKS, "LD_PRELOAD": os.environ["KVREPLAY_FAIL_IO"], "FAIL_IO_LATE": "3"})
+    assert done.returncode == 2 and len(said(done)) == 1 and "plan.toml" in said(done)[0], done.stderr
+
+
 def test_an_estimate_is_said_once(plan, tmp_path):
     done = ranks(3, plan, tmp_path / "out", "--dry-run")
     assert done.returncode == 0, done.stderr
