@@ -21,7 +21,6 @@
 #include "sim/sweep/merge.hpp"
 #include "sim/sweep/ranks.hpp"
 #include "sim/sweep/sweep.hpp"
-#include "traces/errors.hpp"
 
 namespace kvreplay {
 namespace {
