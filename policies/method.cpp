@@ -284,35 +284,42 @@ std::string budget_text(const Budget& b) {
   }
 }
 
-// One Config per layer and KV head that the part's tables tell apart; just one without tables.
-std::vector<std::shared_ptr<void>> configs(const PartUse& use) {
-  std::vector<std::shared_ptr<void>> all;
-  std::vector<int> layers;
-  std::size_t heads = 1;
-  bool tables = false;
+// The layers that all of the part's tables have, in order; one that stands for any without tables.
+std::vector<int> layers_of(const PartUse& use) {
+  std::optional<std::vector<int>> layers;
   for (const Setting& s : use.settings) {
     if (!s.table) {
       continue;
     }
     std::vector<int> here = s.table->layers, both;
     std::sort(here.begin(), here.end());
-    std::set_intersection(layers.begin(), layers.end(), here.begin(), here.end(), std::back_inserter(both));
-    layers = tables ? both : here;
-    for (const auto& values : s.table->values) {
-      heads = std::max(heads, values.size());
+    if (layers) {
+      std::set_intersection(layers->begin(), layers->end(), here.begin(), here.end(), std::back_inserter(both));
     }
-    tables = true;
+    layers = layers ? both : here;
   }
-  if (!tables) {
-    return {use.config()};
+  if (layers && layers->empty()) {
+    throw ConfigError(std::string(use.info->name) + ": its tables share no layer");
   }
-  for (int layer : layers) {
+  return layers.value_or(std::vector{0});
+}
+
+// To ask what is the same whatever a table's values; ConfigError as layers_of.
+std::shared_ptr<void> any_config(const PartUse& use) { return use.config(layers_of(use).front()); }
+
+// One Config per layer and KV head that the part's tables tell apart; one without tables. ConfigError as layers_of.
+std::vector<std::shared_ptr<void>> configs(const PartUse& use) {
+  std::size_t heads = 1;
+  for (const Setting& s : use.settings) {
+    for (std::size_t l = 0; s.table && l < s.table->values.size(); ++l) {
+      heads = std::max(heads, s.table->values[l].size());
+    }
+  }
+  std::vector<std::shared_ptr<void>> all;
+  for (const int layer : layers_of(use)) {
     for (std::size_t head = 0; head < heads; ++head) {
       all.push_back(use.config(layer, static_cast<int>(head)));
     }
-  }
-  if (all.empty()) {
-    throw ConfigError(std::string(use.info->name) + ": its tables share no layer");
   }
   return all;
 }
@@ -347,7 +354,7 @@ void refuse_combinations(const Method& m) {
   if (m.allocate) {
     const std::string name = quoted(m.allocate->info->name);
     const auto allocator = any_allocator(*m.allocate);
-    if (!m.select.info->budgeted(configs(m.select).front().get())) {
+    if (!m.select.info->budgeted(any_config(m.select).get())) {
       refuse("allocator " + name + " has nothing to spread, because " + select + " has no budget");
     }
     if (allocator->over_sets() && m.traits.scope == Scope::layer) {
@@ -404,7 +411,7 @@ Method build(const std::string& label, Phase& phase, Phase* prefill, const Budge
   m.rewrite = take(phase, Role::rewrite);
   m.compensate = take(phase, Role::compensate);
 
-  Traits defaults = m.select.info->traits(configs(m.select).front().get());
+  Traits defaults = m.select.info->traits(any_config(m.select).get());
   if (prefill != nullptr) {
     const Setting* pool = phase.written("pool");
     if (pool != nullptr && pool->value.number != static_cast<double>(Pool::decode)) {
@@ -420,7 +427,7 @@ Method build(const std::string& label, Phase& phase, Phase* prefill, const Budge
   if (prefill != nullptr) {
     m.prefill_select = take(*prefill, Role::select);
     m.prefill_allocate = take(*prefill, Role::allocate);
-    const auto config = configs(*m.prefill_select).front();
+    const auto config = any_config(*m.prefill_select);
     const Traits prefill_defaults = m.prefill_select->info->traits(config.get());
     if (prefill_defaults.pool == Pool::decode || !m.prefill_select->info->budgeted(config.get())) {
       throw ConfigError(label + ": " + quoted(m.prefill_select->info->name) +
@@ -523,7 +530,7 @@ std::shared_ptr<void> PartUse::config(int layer, int kv_head) const {
 
 bool Method::budgeted() const {
   return read || (prefill_select && prefill_budget.unit == Budget::Unit::none) ||
-         select.info->budgeted(configs(select).front().get());
+         select.info->budgeted(any_config(select).get());
 }
 
 Foresight Method::foresight() const {
@@ -623,7 +630,7 @@ Method parse_method(const std::string& text, const TableReader& read_table) {
 }
 
 std::unique_ptr<Allocator> any_allocator(const PartUse& allocator) {
-  return allocator.info->allocate(configs(allocator).front().get());
+  return allocator.info->allocate(any_config(allocator).get());
 }
 
 bool divides_over_layers(const Method& m) {
