@@ -226,12 +226,12 @@ class Resolving {
       return;
     }
     for (const PartUse* part : m.parts()) {
-      add_files(*part, method.files);
+      std::map<std::string, std::string> files;
+      add_files(*part, files);
       if (part->info->role == Role::allocate && any_allocator(*part)->measures()) {
-        std::map<std::string, std::string> files;
-        add_files(*part, files);
         method.measuring[canonical(*part)] = canonical(*part) + "\n" + lines(files);
       }
+      method.files.merge(files);
     }
     if (const std::string recorded = m.needs().evicted_at; !recorded.empty()) {
       method.files[recorded] = sha256(read_whole(recorded));
