@@ -6,6 +6,7 @@
 
 #include "policies/policy.hpp"
 #include "policies/soft_cap.hpp"
+#include "policies/weights.hpp"
 
 namespace kvreplay {
 
@@ -42,8 +43,8 @@ inline FitRows fit_rows(const View& view, int lane, int last, const std::vector<
 
 // Rows become softmax weights.
 inline MatD softmax_rows(const MatD& logits) {
-  const Eigen::ArrayXd top = logits.rowwise().maxCoeff();
-  MatD weights = (logits.array().colwise() - top).exp();
+  MatD weights = logits;
+  exp_rows(weights, Eigen::ArrayXd(logits.rowwise().maxCoeff()));
   weights.array().colwise() /= Eigen::ArrayXd(weights.rowwise().sum());
   return weights;
 }

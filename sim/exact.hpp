@@ -1,6 +1,7 @@
 // Exact attention of a block of queries: the work that every method of a run shares.
 #pragma once
 #include "policies/soft_cap.hpp"
+#include "policies/weights.hpp"
 #include "sim/layer.hpp"
 
 namespace kvreplay {
@@ -33,12 +34,5 @@ struct ExactBlock {
 
 // Attention that each token received from queries [begin, end), each softmaxed over all its past: (group_size, end).
 MatD column_mass(const Layer&, int kv_head, Pos begin, Pos end);
-
-// exp, exactly 0 below e^-87.3: Eigen's packet exp stops at e^-88.7 instead, and denormal numbers are slow.
-template <class Array>
-auto weight_of(const Array& x) {
-  constexpr float kLeast = -87.3F, kSteep = 1e30F;  // a step from 0 to 1, of operations that packets have
-  return x.exp() * ((x - kLeast) * kSteep).min(1.0F).max(0.0F);
-}
 
 }  // namespace kvreplay

@@ -7,6 +7,7 @@
 #include "policies/atoms.hpp"
 #include "policies/moments.hpp"
 #include "policies/part.hpp"
+#include "policies/weights.hpp"
 
 namespace kvreplay {
 namespace {
@@ -116,15 +117,16 @@ class Clusters final : public Compensator {
 
   // The evicted in order of the attention that they get from `q`, most first.
   static std::vector<Pos> by_attention(const PromptCut& cut, const MatD& q) {
-    const MatD retained = q * cut.retained_k.cast<double>().transpose();
-    const MatD evicted = q * cut.evicted_k.cast<double>().transpose();
-    Eigen::ArrayXd mass = Eigen::ArrayXd::Zero(evicted.cols());
-    for (Eigen::Index r = 0; r < q.rows(); ++r) {
-      const double top = std::max(evicted.row(r).maxCoeff(),
-                                  retained.cols() > 0 ? retained.row(r).maxCoeff() : evicted.row(r).maxCoeff());
-      const Eigen::ArrayXd weights = (evicted.row(r).array() - top).exp();
-      mass += weights / (weights.sum() + (retained.row(r).array() - top).exp().sum());
+    MatD retained = q * cut.retained_k.cast<double>().transpose();
+    MatD evicted = q * cut.evicted_k.cast<double>().transpose();
+    Eigen::ArrayXd top = evicted.rowwise().maxCoeff();
+    if (retained.cols() > 0) {
+      top = top.max(retained.rowwise().maxCoeff().array());
     }
+    exp_rows(retained, top);
+    exp_rows(evicted, top);
+    const Eigen::VectorXd all = retained.rowwise().sum() + evicted.rowwise().sum();
+    const Eigen::VectorXd mass = evicted.transpose() * all.cwiseInverse();
     std::vector<std::size_t> order(cut.evicted.size());
     std::iota(order.begin(), order.end(), 0U);
     std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
@@ -151,7 +153,7 @@ class Clusters final : public Compensator {
     }
     MatD weights = q * k.cast<double>().transpose();
     a.top = weights.rowwise().maxCoeff();
-    weights = (weights.array().colwise() - a.top).exp();
+    exp_rows(weights, a.top);
     const Eigen::ArrayXd mass = weights.rowwise().sum();
     a.log_mass = a.top + mass.log();
     a.value = weights * v.cast<double>();

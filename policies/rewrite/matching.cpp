@@ -70,8 +70,10 @@ class Matching final : public Rewriter {
     Eigen::VectorXd bias = Eigen::VectorXd::Zero(logits.cols());
     if (config_.bias) {
       const Eigen::VectorXd top = rows.logits.rowwise().maxCoeff();
-      const Eigen::VectorXd mass = (rows.logits.colwise() - top).array().exp().rowwise().sum();
-      bias = weights((logits.colwise() - top).array().exp(), mass).array().log();
+      MatD of_all = rows.logits, of_kept = logits;
+      exp_rows(of_all, top);
+      exp_rows(of_kept, top);
+      bias = weights(of_kept, of_all.rowwise().sum()).array().log();
     }
     if (config_.values) {
       logits.rowwise() += bias.transpose();

@@ -52,7 +52,8 @@ class MatchKeys final : public Selector {
       most = most.max(attn.colwise().maxCoeff().transpose().array());
       n_rows += static_cast<double>(attn.rows());
       if (config_.choice == Choice::omp) {
-        lanes.emplace_back((logits.colwise() - Eigen::VectorXd(logits.rowwise().maxCoeff())).array().exp());
+        lanes.push_back(logits);
+        exp_rows(lanes.back(), Eigen::VectorXd(logits.rowwise().maxCoeff()));
       }
     }
     const Eigen::ArrayXd scores = config_.over == Over::max   ? most
