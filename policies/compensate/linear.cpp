@@ -1,5 +1,6 @@
 // A linear-attention state: exp(q . k) as a product of few positive features, so that evicted tokens are one matrix
 // and one vector (LESS without its trained features, arXiv:2402.09398).
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numbers>
@@ -7,6 +8,7 @@
 #include "policies/counter_rng.hpp"
 #include "policies/moments.hpp"
 #include "policies/part.hpp"
+#include "policies/weights.hpp"
 
 namespace kvreplay {
 namespace {
@@ -50,42 +52,55 @@ class Linear final : public Compensator {
     while (first < block.losses.size() && block.losses[first].step <= 0) {
       ++first;
     }
-    join(block.losses.first(first));
+    for (auto before = block.losses.first(first); !before.empty();) {
+      const auto part = before.first(std::min<std::size_t>(before.size(), kPart));
+      join(log_features(keys(part)), values(part));
+      before = before.subspan(part.size());
+    }
     const std::span<const Loss> fresh = block.losses.subspan(first);
     const auto n_fresh = static_cast<Eigen::Index>(fresh.size());
 
     // The scale is split evenly: logit = x_q . x_k with x_q = q / sqrt(scale), as q has it folded in.
     const MatD q_log = log_features(block.q.cast<double>() / root_scale_);
-    MatD logits(rows, n_features + n_fresh), values(n_features + n_fresh, value_.cols());
-    logits.leftCols(n_features) = q_log.rowwise() + log_z_.matrix().transpose();
-    values.topRows(n_features) = value_;
+    const MatD k_log = log_features(keys(fresh)), v = values(fresh);
+    MatD logits(rows, n_features + n_fresh), entries(n_features + n_fresh, value_.cols());
+    logits << q_log.rowwise() + log_z_.matrix().transpose(), log_products(q_log, k_log);
+    entries << value_, v;
     for (Eigen::Index i = 0; i < n_fresh; ++i) {
-      const Loss& loss = fresh[static_cast<std::size_t>(i)];
-      const MatD k_log = log_features(key(loss).cast<double>() * root_scale_);
-      const Eigen::Index from = std::min<Eigen::Index>(rows, Eigen::Index{std::min(loss.step, steps)} * block.n_heads);
-      logits.col(n_features + i).head(from).setConstant(kNothing);
-      for (Eigen::Index r = from; r < rows; ++r) {
-        const Eigen::ArrayXd both = (q_log.row(r) + k_log.row(0)).transpose();
-        logits(r, n_features + i) = both.maxCoeff() + std::log((both - both.maxCoeff()).exp().sum());
-      }
-      values.row(n_features + i) = Eigen::Map<const Eigen::RowVectorXf>(loss.v, value_.cols()).cast<double>();
+      const int step = std::min(fresh[static_cast<std::size_t>(i)].step, steps);
+      logits.col(n_features + i).head(Eigen::Index{step} * block.n_heads).setConstant(kNothing);
     }
-    out.log_mass.resize(rows);
-    out.value = MatD::Zero(rows, value_.cols());
     const Eigen::ArrayXd top = logits.rowwise().maxCoeff();
-    logits = (logits.array().colwise() - (top == kNothing).select(0.0, top)).exp();
+    exp_rows(logits, Eigen::ArrayXd((top == kNothing).select(0.0, top)));
     const Eigen::ArrayXd mass = logits.rowwise().sum();
     out.log_mass = top + (top == kNothing).select(0.0, mass.log()) - std::log(static_cast<double>(n_features));
-    out.value.noalias() = logits * values;
+    out.value = logits * entries;
     out.value.array().colwise() /= (top == kNothing).select(1.0, mass);
-    join(fresh);
+    join(k_log, v);
   }
   double state_bytes() const override { return 4.0 * static_cast<double>(value_.size() + log_z_.size()); }
 
  private:
   static constexpr double kNothing = -std::numeric_limits<double>::infinity();
+  static constexpr std::size_t kPart = 512;  // losses at once
 
-  Eigen::Map<const Eigen::RowVectorXf> key(const Loss& loss) const { return {loss.k, w_.cols()}; }
+  // (losses, head_dim), with their half of the scale.
+  MatD keys(std::span<const Loss> losses) const {
+    MatD k(static_cast<Eigen::Index>(losses.size()), w_.cols());
+    for (Eigen::Index i = 0; i < k.rows(); ++i) {
+      k.row(i) = Eigen::Map<const Eigen::RowVectorXf>(losses[static_cast<std::size_t>(i)].k, k.cols()).cast<double>();
+    }
+    return k * root_scale_;
+  }
+
+  // (losses, v_head_dim)
+  MatD values(std::span<const Loss> losses) const {
+    MatD v(static_cast<Eigen::Index>(losses.size()), value_.cols());
+    for (Eigen::Index i = 0; i < v.rows(); ++i) {
+      v.row(i) = Eigen::Map<const Eigen::RowVectorXf>(losses[static_cast<std::size_t>(i)].v, v.cols()).cast<double>();
+    }
+    return v;
+  }
 
   // (rows, features) w . x - |x|^2 / 2
   MatD log_features(const MatD& x) const {
@@ -94,16 +109,44 @@ class Linear final : public Compensator {
     return f;
   }
 
-  void join(std::span<const Loss> losses) {
-    for (const Loss& loss : losses) {
-      const Eigen::ArrayXd more = log_features(key(loss).cast<double>() * root_scale_).row(0).transpose();
-      const Eigen::RowVectorXd v = Eigen::Map<const Eigen::RowVectorXf>(loss.v, value_.cols()).cast<double>();
-      for (Eigen::Index r = 0; r < w_.rows(); ++r) {
-        const double top = std::max(log_z_[r], more[r]);
-        log_z_[r] = top + std::log(std::exp(log_z_[r] - top) + std::exp(more[r] - top));
-        value_.row(r) += std::exp(more[r] - log_z_[r]) * (v - value_.row(r));
+  // (rows, losses) ln of the sum over features of exp(q_log + k_log).
+  static MatD log_products(const MatD& q_log, const MatD& k_log) {
+    constexpr double kLeast = 1e-280;  // below it the product has lost what it is a sum of
+    const Eigen::ArrayXd q_top = q_log.rowwise().maxCoeff(), k_top = k_log.rowwise().maxCoeff();
+    MatD q = q_log, k = k_log;
+    exp_rows(q, q_top);
+    exp_rows(k, k_top);
+    const MatD sums = q * k.transpose();
+    MatD logs = sums.array().log();
+    for (Eigen::Index r = 0; r < logs.rows(); ++r) {
+      logs.row(r).array() += k_top.transpose() + q_top[r];
+      if (logs.cols() == 0 || sums.row(r).minCoeff() >= kLeast) {
+        continue;
+      }
+      for (Eigen::Index i = 0; i < logs.cols(); ++i) {
+        if (sums(r, i) < kLeast) {
+          const Eigen::ArrayXd both = (q_log.row(r) + k_log.row(i)).transpose();
+          logs(r, i) = both.maxCoeff() + std::log((both - both.maxCoeff()).exp().sum());
+        }
       }
     }
+    return logs;
+  }
+
+  // k_log: (losses, features), v: (losses, v_head_dim)
+  void join(const MatD& k_log, const MatD& v) {
+    if (k_log.rows() == 0) {
+      return;
+    }
+    const Eigen::ArrayXd top = log_z_.max(k_log.colwise().maxCoeff().transpose().array());
+    MatD weights = k_log.transpose();  // (features, losses)
+    exp_rows(weights, top);
+    const Eigen::ArrayXd known = weight_of(Eigen::ArrayXd(log_z_ - top));
+    const Eigen::ArrayXd sum = known + weights.rowwise().sum().array();
+    value_.array().colwise() *= known;
+    value_ += weights * v;
+    value_.array().colwise() /= sum;
+    log_z_ = top + sum.log();
   }
 
   double root_scale_;

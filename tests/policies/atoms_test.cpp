@@ -1,6 +1,7 @@
 // What atoms and the linear state must hold exactly, in the limit, or on average.
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <limits>
 #include <random>
 
 #include "policies/moments.hpp"
@@ -309,6 +310,19 @@ TEST_CASE("random features estimate short keys well on average and long ones not
   const MatF long_k = 8 * short_k, long_q = 8 * q;
   const Estimate lost = estimate(linear, long_q, long_k, v, {{"features", 4096}});
   CHECK((lost.log_mass - Exact(long_q, long_k, v).log_mass).abs().maxCoeff() > 3);
+}
+
+TEST_CASE("the linear state takes a token of this block for what one from before is, its features near or far apart") {
+  std::mt19937 gen(12);
+  const MatF v = normal(1, 6, 1, gen);
+  for (const float size : {0.4F, 300.0F}) {
+    const MatF k = normal(1, 8, size, gen), q = normal(12, 8, size, gen);  // 2 steps of 6 heads
+    const Estimate before = estimate(linear, q, k, v);
+    const Estimate inside = Run(linear, k, v, {}, 1).block(q, 6, {{1, k.data(), v.data(), 0}});
+    CHECK((inside.log_mass.head(6) == -std::numeric_limits<double>::infinity()).all());
+    check_same({inside.log_mass.tail(6), inside.value.bottomRows(6)},
+               {before.log_mass.tail(6), before.value.bottomRows(6)}, 1e-12);
+  }
 }
 
 // Tokens that are missing from the start, beside retained ones of which each row's largest probability is known.
