@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "policies/errors.hpp"
+#include "policies/weights.hpp"
 
 namespace kvreplay {
 namespace {
@@ -69,6 +70,18 @@ std::vector<std::size_t> nearest(const Eigen::Ref<const MatD>& keys, const MatD&
   return labels;
 }
 
+// Rows whose products add up to what a scatter gains: those of new tokens about their own mean, and one for the
+// distance of that mean from the one that was known, if any.
+MatD gained(const Eigen::Ref<const MatD>& x, const Eigen::RowVectorXd& mean, bool known,
+            const Eigen::RowVectorXd& distance) {
+  MatD rows(x.rows() + known, x.cols());
+  rows.topRows(x.rows()) = x.rowwise() - mean;
+  if (known) {
+    rows.bottomRows(1) = distance;
+  }
+  return rows;
+}
+
 Eigen::Map<const Eigen::RowVectorXf> row(const float* x, int n) { return {x, n}; }
 
 }  // namespace
@@ -78,16 +91,14 @@ void Atom::join(const AtomForm& form, const Eigen::Ref<const MatD>& keys, const 
   const Eigen::RowVectorXd k_new = keys.colwise().mean(), v_new = values.colwise().mean();
   const Eigen::RowVectorXd k_shift = n > 0 ? Eigen::RowVectorXd(k_new - k) : Eigen::RowVectorXd::Zero(keys.cols());
   const Eigen::RowVectorXd v_shift = n > 0 ? Eigen::RowVectorXd(v_new - v) : Eigen::RowVectorXd::Zero(values.cols());
-  // Centred rows whose products add up to what the scatters gain: those of the new tokens about their own mean, and one
-  // for the distance of the two means.
-  const bool known = n > 0;
-  MatD dk(keys.rows() + known, keys.cols()), dv(keys.rows() + known, values.cols());
-  dk.topRows(keys.rows()) = keys.rowwise() - k_new;
-  dv.topRows(keys.rows()) = values.rowwise() - v_new;
-  if (known) {
-    const double share = std::sqrt(n * m / after);
-    dk.bottomRows(1) = share * k_shift;
-    dv.bottomRows(1) = share * v_shift;
+  const bool known = n > 0, tilts = form.tilt != AtomForm::Tilt::none;
+  const double share = std::sqrt(n * m / after);
+  MatD dk, dv;
+  if (tilts || form.kappa != AtomForm::Kappa::none) {
+    dk = gained(keys, k_new, known, share * k_shift);
+  }
+  if (tilts) {
+    dv = gained(values, v_new, known, share * v_shift);
   }
   if (form.kappa == AtomForm::Kappa::diagonal) {
     squares = known ? Eigen::RowVectorXd(squares + dk.cwiseAbs2().colwise().sum()) : dk.cwiseAbs2().colwise().sum();
@@ -132,6 +143,12 @@ double AtomTrack::numbers(const AtomForm& form, int head_dim, int v_head_dim) {
 
 void AtomTrack::estimate(const EvictedBlock& block, Estimate& out) {
   q_ = block.q.cast<double>();
+  if (form_.kappa == AtomForm::Kappa::diagonal) {
+    squares_ = q_.cwiseAbs2();
+  }
+  if (form_.clip) {
+    lengths_ = q_.rowwise().norm();
+  }
   n_heads_ = block.n_heads;
   const int steps = static_cast<int>(q_.rows()) / n_heads_;
   versions_.clear();
@@ -168,7 +185,7 @@ void AtomTrack::close(std::size_t atom, int step) {
   }
   version.end = step;
   const Eigen::Index from = Eigen::Index{version.begin} * n_heads_;
-  terms(atoms_[atom], q_.middleRows(from, Eigen::Index{step} * n_heads_ - from), version);
+  terms(atoms_[atom], from, Eigen::Index{step} * n_heads_ - from, version);
 }
 
 // The losses of one step, at once. seen: rows of this block are at the step, so that clusters may be made anew for
@@ -206,6 +223,8 @@ void AtomTrack::join(std::span<const Loss> losses, int step, bool seen) {
     Atom& atom = atoms_[c];
     if (atom.n > 0) {
       close(c, step);
+    }
+    if (atom.n > 0 && rule_.decay < 1) {
       const double left = std::pow(rule_.decay, now_ + step - atom.time);
       atom.n *= left;
       atom.squares *= left;
@@ -306,12 +325,13 @@ std::vector<std::size_t> AtomTrack::cluster(std::span<const Loss> losses, const 
   return labels;
 }
 
-void AtomTrack::terms(const Atom& atom, const Eigen::Ref<const MatD>& q, Version& version) const {
+void AtomTrack::terms(const Atom& atom, Eigen::Index from, Eigen::Index n_rows, Version& version) const {
+  const auto q = q_.middleRows(from, n_rows);
   Eigen::ArrayXd stop;  // (rows) what freezing leaves of the tilt
   if (form_.kappa != AtomForm::Kappa::none) {
     Eigen::ArrayXd variance;
     if (form_.kappa == AtomForm::Kappa::diagonal) {
-      variance = (q.cwiseAbs2() * atom.squares.transpose()).array() / atom.n;
+      variance = (squares_.middleRows(from, n_rows) * atom.squares.transpose()).array() / atom.n;
     } else {
       variance = (q * atom.factors.transpose()).rowwise().squaredNorm().array() / atom.n;
     }
@@ -324,7 +344,7 @@ void AtomTrack::terms(const Atom& atom, const Eigen::Ref<const MatD>& q, Version
     }
     version.kappa *= form_.strength;
     if (form_.clip) {
-      version.kappa = version.kappa.min(q.rowwise().norm().array() * atom.radius_k);
+      version.kappa = version.kappa.min(lengths_.segment(from, n_rows) * atom.radius_k);
     }
   }
   if (form_.tilt == AtomForm::Tilt::none) {
@@ -365,35 +385,41 @@ void AtomTrack::merge(Estimate& out) const {
     v.row(c) = used[static_cast<std::size_t>(c)]->v;
   }
   const double log_decay = std::log(rule_.decay);
-  MatD weights = q_ * k.transpose();  // (rows, versions) logits first
+  MatD weights = k * q_.transpose();  // (versions, rows) logits first; a version's rows lie side by side
+  Eigen::ArrayXd top = Eigen::ArrayXd::Constant(rows, kNothing), mass = Eigen::ArrayXd::Zero(rows);
   for (Eigen::Index c = 0; c < n; ++c) {
     const Version& version = *used[static_cast<std::size_t>(c)];
     const Eigen::Index from = Eigen::Index{version.begin} * n_heads_, end = Eigen::Index{version.end} * n_heads_;
-    auto logits = weights.col(c).array();
-    logits.head(from) = kNothing;
-    logits.tail(rows - end) = kNothing;
-    auto own = logits.segment(from, end - from);
-    own += version.log_n;
+    auto logits = weights.row(c).transpose().array().segment(from, end - from);
+    logits += version.log_n;
     if (version.kappa.size() > 0) {
-      own += version.kappa;
+      logits += version.kappa;
     }
     if (rule_.decay < 1) {
       for (Eigen::Index r = from; r < end; ++r) {
         const Eigen::Index step = r / n_heads_;
-        logits[r] += static_cast<double>(step) * log_decay;
+        logits[r - from] += static_cast<double>(step) * log_decay;
       }
     }
+    top.segment(from, end - from) = top.segment(from, end - from).max(logits);
   }
-  const Eigen::ArrayXd top = weights.rowwise().maxCoeff();
-  const Eigen::ArrayXd shift = (top == kNothing).select(0.0, top);
-  weights = (weights.array().colwise() - shift).exp();
-  const Eigen::ArrayXd mass = weights.rowwise().sum();
-  out.value.noalias() = weights * v;
+  for (Eigen::Index c = 0; c < n; ++c) {
+    const Version& version = *used[static_cast<std::size_t>(c)];
+    const Eigen::Index from = Eigen::Index{version.begin} * n_heads_, end = Eigen::Index{version.end} * n_heads_;
+    auto all = weights.row(c).transpose().array();
+    all.head(from) = 0;
+    all.tail(rows - end) = 0;
+    auto own = all.segment(from, end - from);
+    own -= top.segment(from, end - from);
+    own = weight_of(own);
+    mass += all;
+  }
+  out.value.noalias() = weights.transpose() * v;
   for (Eigen::Index c = 0; c < n; ++c) {
     const Version& version = *used[static_cast<std::size_t>(c)];
     if (version.tilt.size() > 0) {
       const Eigen::Index from = Eigen::Index{version.begin} * n_heads_, seen = version.tilt.rows();
-      out.value.middleRows(from, seen) += weights.col(c).segment(from, seen).asDiagonal() * version.tilt;
+      out.value.middleRows(from, seen) += weights.row(c).transpose().segment(from, seen).asDiagonal() * version.tilt;
     }
   }
   for (Eigen::Index r = 0; r < rows; ++r) {

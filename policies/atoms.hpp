@@ -71,7 +71,7 @@ class AtomTrack {
   std::vector<std::size_t> cluster(std::span<const Loss> losses, const Eigen::Ref<const MatD>& keys, bool anew) const;
   void open(std::size_t atom, int step);
   void close(std::size_t atom, int step);
-  void terms(const Atom& atom, const Eigen::Ref<const MatD>& q, Version& version) const;
+  void terms(const Atom& atom, Eigen::Index from, Eigen::Index n_rows, Version& version) const;
   void merge(Estimate& out) const;
 
   AtomForm form_;
@@ -82,7 +82,8 @@ class AtomTrack {
   std::vector<Loss> seen_;  // nearest with `every`: all tokens so far
   int now_ = 0;             // decode steps before this block
   // Of this block.
-  MatD q_;  // (rows, head_dim)
+  MatD q_, squares_;        // (rows, head_dim) queries, and their squares where kappa is diagonal
+  Eigen::ArrayXd lengths_;  // (rows) of the queries, to clip by
   int n_heads_ = 1;
   std::vector<Version> versions_;
   std::vector<std::size_t> open_;  // per atom: its latest version
