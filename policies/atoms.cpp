@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <unordered_map>
 
 #include "policies/errors.hpp"
@@ -15,6 +16,9 @@ namespace {
 using Solver = Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>;
 
 MatD stacked(const MatD& a, const MatD& b) {
+  if (a.rows() == 0) {
+    return b;
+  }
   MatD all(a.rows() + b.rows(), b.cols());
   all << a, b;
   return all;
@@ -154,7 +158,9 @@ void AtomTrack::estimate(const EvictedBlock& block, Estimate& out) {
   versions_.clear();
   open_.assign(atoms_.size(), 0);
   for (std::size_t c = 0; c < atoms_.size(); ++c) {
-    open(c, 0);
+    if (atoms_[c].n > 0) {
+      open(c, 0);
+    }
   }
   std::span<const Loss> losses = block.losses;
   for (int step = 0; step <= steps; ++step) {  // the last: what only the next block misses
@@ -175,12 +181,22 @@ void AtomTrack::estimate(const EvictedBlock& block, Estimate& out) {
 void AtomTrack::open(std::size_t atom, int step) {
   const Atom& a = atoms_[atom];
   open_[atom] = versions_.size();
-  versions_.push_back({step, step, std::log(a.n) + (now_ - a.time) * std::log(rule_.decay), a.k, a.v, {}, {}});
+  const auto at = static_cast<Eigen::Index>(versions_.size());
+  if (at == version_k_.rows()) {
+    version_k_.conservativeResize(2 * at + 16, head_dim_);
+    version_v_.conservativeResize(2 * at + 16, v_head_dim_);
+  }
+  version_k_.row(at) = a.k;
+  version_v_.row(at) = a.v;
+  versions_.push_back({step, step, std::log(a.n) + (now_ - a.time) * std::log(rule_.decay), {}, {}});
 }
 
 void AtomTrack::close(std::size_t atom, int step) {
+  if (atoms_[atom].n == 0) {
+    return;
+  }
   Version& version = versions_[open_[atom]];
-  if (atoms_[atom].n == 0 || step <= version.begin) {
+  if (step <= version.begin) {
     return;
   }
   version.end = step;
@@ -202,6 +218,7 @@ void AtomTrack::join(std::span<const Loss> losses, int step, bool seen) {
     }
     atoms_.clear();
     open_.clear();
+    centres_.resize(0, head_dim_);
   }
   if (losses.empty() || rule_.most == 0) {
     return;
@@ -239,6 +256,10 @@ void AtomTrack::join(std::span<const Loss> losses, int step, bool seen) {
     }
     atom.join(form_, keys(rows, Eigen::all), values);
     atom.time = now_ + step;
+    if (rule_.assign == AtomRule::Assign::nearest) {
+      centres_.conservativeResize(static_cast<Eigen::Index>(atoms_.size()), head_dim_);
+      centres_.row(static_cast<Eigen::Index>(c)) = atom.k;
+    }
     open(c, step);
   }
 }
@@ -259,16 +280,13 @@ std::vector<std::size_t> AtomTrack::assign(std::span<const Loss> losses, const E
     return cluster(losses, keys, false);
   }
   // While there is room a token is an atom of its own.
-  const std::size_t known = atoms_.size(), founders = std::min(most - known, losses.size());
-  MatD centres(static_cast<Eigen::Index>(known + founders), head_dim_);
-  for (std::size_t c = 0; c < known; ++c) {
-    centres.row(static_cast<Eigen::Index>(c)) = atoms_[c].k;
+  const std::size_t founders = std::min(most - atoms_.size(), losses.size());
+  if (founders == 0) {
+    return nearest(keys, centres_);
   }
-  centres.bottomRows(static_cast<Eigen::Index>(founders)) = keys.topRows(static_cast<Eigen::Index>(founders));
-  const auto rest = nearest(keys.bottomRows(keys.rows() - static_cast<Eigen::Index>(founders)), centres);
-  for (std::size_t i = 0; i < founders; ++i) {
-    labels[i] = known + i;
-  }
+  std::iota(labels.begin(), labels.begin() + static_cast<std::ptrdiff_t>(founders), atoms_.size());
+  const auto n = static_cast<Eigen::Index>(founders);
+  const auto rest = nearest(keys.bottomRows(keys.rows() - n), stacked(centres_, keys.topRows(n)));
   std::copy(rest.begin(), rest.end(), labels.begin() + static_cast<std::ptrdiff_t>(founders));
   return labels;
 }
@@ -367,28 +385,18 @@ void AtomTrack::terms(const Atom& atom, Eigen::Index from, Eigen::Index n_rows, 
 
 void AtomTrack::merge(Estimate& out) const {
   constexpr double kNothing = -std::numeric_limits<double>::infinity();
-  std::vector<const Version*> used;
-  for (const Version& version : versions_) {
-    if (version.end > version.begin) {
-      used.push_back(&version);
-    }
-  }
-  const auto n = static_cast<Eigen::Index>(used.size()), rows = q_.rows();
+  const auto n = static_cast<Eigen::Index>(versions_.size()), rows = q_.rows();
   out.log_mass = Eigen::ArrayXd::Constant(rows, kNothing);
   out.value = MatD::Zero(rows, v_head_dim_);
   if (n == 0) {
     return;
   }
-  MatD k(n, head_dim_), v(n, v_head_dim_);
-  for (Eigen::Index c = 0; c < n; ++c) {
-    k.row(c) = used[static_cast<std::size_t>(c)]->k;
-    v.row(c) = used[static_cast<std::size_t>(c)]->v;
-  }
   const double log_decay = std::log(rule_.decay);
-  MatD weights = k * q_.transpose();  // (versions, rows) logits first; a version's rows lie side by side
+  MatD weights =
+      version_k_.topRows(n) * q_.transpose();  // (versions, rows) logits first; a version's rows lie side by side
   Eigen::ArrayXd top = Eigen::ArrayXd::Constant(rows, kNothing), mass = Eigen::ArrayXd::Zero(rows);
   for (Eigen::Index c = 0; c < n; ++c) {
-    const Version& version = *used[static_cast<std::size_t>(c)];
+    const Version& version = versions_[static_cast<std::size_t>(c)];
     const Eigen::Index from = Eigen::Index{version.begin} * n_heads_, end = Eigen::Index{version.end} * n_heads_;
     auto logits = weights.row(c).transpose().array().segment(from, end - from);
     logits += version.log_n;
@@ -404,7 +412,7 @@ void AtomTrack::merge(Estimate& out) const {
     top.segment(from, end - from) = top.segment(from, end - from).max(logits);
   }
   for (Eigen::Index c = 0; c < n; ++c) {
-    const Version& version = *used[static_cast<std::size_t>(c)];
+    const Version& version = versions_[static_cast<std::size_t>(c)];
     const Eigen::Index from = Eigen::Index{version.begin} * n_heads_, end = Eigen::Index{version.end} * n_heads_;
     auto all = weights.row(c).transpose().array();
     all.head(from) = 0;
@@ -414,9 +422,9 @@ void AtomTrack::merge(Estimate& out) const {
     own = weight_of(own);
     mass += all;
   }
-  out.value.noalias() = weights.transpose() * v;
+  out.value.noalias() = weights.transpose() * version_v_.topRows(n);
   for (Eigen::Index c = 0; c < n; ++c) {
-    const Version& version = *used[static_cast<std::size_t>(c)];
+    const Version& version = versions_[static_cast<std::size_t>(c)];
     if (version.tilt.size() > 0) {
       const Eigen::Index from = Eigen::Index{version.begin} * n_heads_, seen = version.tilt.rows();
       out.value.middleRows(from, seen) += weights.row(c).transpose().segment(from, seen).asDiagonal() * version.tilt;

@@ -61,7 +61,6 @@ class AtomTrack {
   struct Version {  // of an atom, for the rows of some steps
     int begin, end;
     double log_n;
-    Eigen::RowVectorXd k, v;
     Eigen::ArrayXd kappa;  // (rows) or empty
     MatD tilt;             // (rows, v_head_dim) or empty
   };
@@ -78,6 +77,7 @@ class AtomTrack {
   AtomRule rule_;
   int head_dim_, v_head_dim_;
   std::vector<Atom> atoms_;  // those with n = 0 are not there
+  MatD centres_;             // nearest: (atoms, head_dim) their mean keys
   std::vector<Pos> starts_;
   std::vector<Loss> seen_;  // nearest with `every`: all tokens so far
   int now_ = 0;             // decode steps before this block
@@ -86,6 +86,7 @@ class AtomTrack {
   Eigen::ArrayXd lengths_;  // (rows) of the queries, to clip by
   int n_heads_ = 1;
   std::vector<Version> versions_;
+  MatD version_k_, version_v_;     // (>= versions, .) their mean keys and values
   std::vector<std::size_t> open_;  // per atom: its latest version
 };
 

@@ -241,6 +241,16 @@ TEST_CASE("blocks are equal stretches of the text") {
     }
     CHECK(got.log_mass[r] == Approx(std::log(mass)).epsilon(1e-5));
   }
+
+  // The last stretch may lose a token before the others do.
+  Run run(atoms, k, v, {{"assign", blocks}, {"atoms", 3}, {"kappa", none}}, 10);
+  const auto loss = [&](Pos p) { return Loss{0, k.row(p).data(), v.row(p).data(), p}; };
+  check_same(run.block(q, 2, {loss(9)}), estimate(atoms, q, k.row(9), v.row(9), {{"atoms", 1}}), 1e-6);
+  std::vector<Loss> rest;
+  for (Pos p = 0; p < 9; ++p) {
+    rest.push_back(loss(p));
+  }
+  check_same(run.block(q, 2, rest), got, 1e-12);
 }
 
 TEST_CASE("decay takes its share of every weight at each step, from mass, mean and covariance alike") {
