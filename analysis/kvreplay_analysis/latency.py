@@ -99,10 +99,12 @@ def decode_us(costs, gpu=DEFAULT, extra_bytes=None):
     its traces.
 
     costs         step_costs() of a run, or some of its rows
-    extra_bytes   {(budget, trace): bytes per KV head} read besides, as a compensator's state
+    extra_bytes   {(label, budget, trace): bytes per KV head} read besides, as a compensator's state
     """
     device = gpu_named(gpu)
-    extra = [extra_bytes.get(at, 0.0) for at in zip(costs["budget"], costs["trace"])] if extra_bytes else 0.0
+    extra = 0.0
+    if extra_bytes:
+        extra = [extra_bytes.get(at, 0.0) for at in zip(costs["label"], costs["budget"], costs["trace"])]
     us = attention_us(costs["bytes_read"] + extra, costs["attended"], costs["n_kv_heads"], costs["group_size"],
                       costs["head_dim"], costs["v_head_dim"], device)
     per_trace = costs.assign(us=us).groupby(["label", "budget", "trace"], sort=False)["us"].sum(min_count=1)

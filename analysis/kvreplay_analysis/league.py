@@ -26,7 +26,7 @@ CLASSES = {"eviction": "eviction", "merging": "merging", "encoding": "encoding",
            "selection": "selection per step"}
 
 
-@dataclass
+@dataclass(eq=False)
 class Curve:
     """A method (with a compensator from beside it, or as it is) over its budgets, from the smallest size to the
     largest: frame columns budget, size, error_output, resident, bytes, bytes_read, latency_us. `sums[budget]` is
@@ -92,8 +92,7 @@ def _curves(results, at, compensated, gpu):
     results, _ = shared_cells(results)
     rows = results.summary[results.summary["metric"].isin([*METRICS, "error_corrected"])]
     means = pooled(rows, ["label", "budget", "metric", "compensator"])["mean"].to_dict()
-    costs_of_steps = latency.step_costs(results)
-    us = latency.decode_us(costs_of_steps, gpu).to_dict()
+    us = _latencies(results, results.compensators if compensated else [], gpu)
     labels = set(results.cells["label"])
     out = []
     for label, cells in results.cells.groupby("label", sort=False):
@@ -104,11 +103,6 @@ def _curves(results, at, compensated, gpu):
             variants += [c for c in results.compensators if c in parts(what["compensators"])
                          and f"{label}+{c}" not in labels and state_bytes(results, c, label)]
         for c in variants:
-            state = state_bytes(results, c, label) if c else {}
-            slow = us
-            if c:
-                mine = costs_of_steps[costs_of_steps["label"] == label]
-                slow = latency.decode_us(mine, gpu, state).to_dict()
             points = []
             for budget in dict.fromkeys(cells["budget"]):
                 point = {m: means.get((label, budget, m, ""), np.nan) for m in METRICS}
@@ -118,20 +112,29 @@ def _curves(results, at, compensated, gpu):
                     point["bytes"] += extra
                     point["bytes_read"] += extra
                 point["size"] = point[_size(what["group"], at)]
-                points.append({"budget": budget, **point, "latency_us": slow.get((label, budget), np.nan)})
-            frame = pd.DataFrame(points).dropna(subset=["size", "error_output"])
+                points.append({"budget": budget, **point, "latency_us": us[c].get((label, budget), np.nan)})
+            points = sorted((p for p in points if not np.isnan(p["size"]) and not np.isnan(p["error_output"])),
+                            key=lambda p: p["size"])
             # Budgets beyond what there is to keep have one size: the first of them says it all.
-            frame = frame.sort_values("size", kind="stable")
-            sizes = dict(zip(frame["budget"], frame["size"].astype(float)))
-            frame = frame.drop_duplicates("size").reset_index(drop=True)
-            if len(frame):
-                out.append(Curve(label, what["method"], what["group"], what["foresight"], c,
-                                 what["compensator_acting"], frame, sizes))
+            kept = {}
+            for p in points:
+                kept.setdefault(p["size"], p)
+            if kept:
+                out.append(Curve(label, what["method"], what["group"], what["foresight"], c, what["compensator_acting"],
+                                 pd.DataFrame(list(kept.values())), {p["budget"]: float(p["size"]) for p in points}))
     if not out:
         raise Absent(f"this run did not measure {at if at == 'bytes' else 'resident'} or error_output, so methods "
                      "cannot be brought to one size: run again with --metrics all")
     _add_sums(results, out)
     return out
+
+
+def _latencies(results, compensators, gpu):
+    """{compensator: {(label, budget): microseconds}}; "" is every method as it is."""
+    costs = latency.step_costs(results)
+    extra = {c: {(label, *at): n for label in results.labels for at, n in state_bytes(results, c, label).items()}
+             for c in compensators}
+    return {c: latency.decode_us(costs, gpu, extra.get(c)).to_dict() for c in ["", *compensators]}
 
 
 def shared_cells(results):
@@ -161,7 +164,7 @@ def state_bytes(results, compensator, label):
 def state_at(results, compensator, label, budget):
     """The same at one budget, pooled over traces as bytes are."""
     states = state_bytes(results, compensator, label)
-    return pooled_over_traces(results, pd.Series({t: x for (b, t), x in states.items() if b == budget}))
+    return pooled_over_traces(results, {t: x for (b, t), x in states.items() if b == budget})
 
 
 def _states(results):
@@ -290,14 +293,17 @@ def references(group, budgets):
         sizes = [c.sizes[budget] for c in group if not c.compensator and budget in c.sizes]
         if sizes:
             middles[budget] = float(np.median(sizes))
+    spans = np.array([c.span for c in group]).reshape(-1, 2)
+    lowest, highest = spans[:, 0] * (1 - SAME), spans[:, 1] * (1 + SAME)
     out = []
     for budget in sorted(middles, key=middles.get):
         middle = middles[budget]
         down = max((m / middle for m in middles.values() if m < middle), default=0.25)
         up = min((m / middle for m in middles.values() if m > middle), default=4.0)
         low, high = middle * down ** 0.5, middle * up ** 0.5
-        sizes = [middle, *(end for c in group for end in c.span if low <= end <= high)]
-        out.append((budget, max(sizes, key=lambda s: (sum(c.reaches(s) for c in group), -abs(np.log(s / middle))))))
+        sizes = [middle, *(end for end in spans.ravel().tolist() if low <= end <= high)]
+        out.append((budget, max(sizes, key=lambda s: (np.sum((lowest <= s) & (s <= highest)),
+                                                      -abs(np.log(s / middle))))))
     return out
 
 
@@ -350,8 +356,12 @@ def _may_be_compensated(what):
 def _add_sums(results, found):
     wanted = {c.compensator for c in found}
     blocks = {c: results.blocks("error_corrected", c) if c else results.blocks("error_output") for c in wanted}
+    curves_at = {}
+    for c in found:
+        for budget in c.points["budget"]:
+            curves_at.setdefault((c.label, budget), []).append(c)
     for (label, budget), cells in results.cells.groupby(["label", "budget"], sort=False):
-        for c in (c for c in found if c.label == label and budget in set(c.points["budget"])):
+        for c in curves_at.get((label, budget), []):
             per_trace = {}
             for cell, trace in zip(cells.index, cells["trace"]):
                 if cell in blocks[c.compensator]:

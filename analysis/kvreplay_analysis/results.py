@@ -220,7 +220,7 @@ class Results:
         there is none; None unless the run was made with --detail outputs."""
         def read(group):
             steps = np.asarray(group.attrs["steps"])
-            return steps, {name.replace("%2F", "/").replace("%25", "%"): group[name][()] for name in group}
+            return steps, {name.replace("%2F", "/").replace("%25", "%"): _array(group, name) for name in group}
 
         return self._read(f"outputs/{cell:06d}", read)
 
@@ -230,9 +230,7 @@ class Results:
         missing = [c for c in self.cells.index if c not in arrays]
         if missing:
             with self._file() as file:
-                for cell in missing:
-                    at = f"{kind}/{cell:06d}/{name}"
-                    arrays[cell] = file[at][()] if at in file else None
+                arrays.update({cell: _array(file, f"{kind}/{cell:06d}/{name}") for cell in missing})
         found = {c: arrays[c] for c in self.cells.index if arrays[c] is not None}
         return found if self.kept_heads is None else {c: self._masked(c, a) for c, a in found.items()}
 
@@ -246,7 +244,8 @@ class Results:
 
     def _read(self, at, read=lambda item: item[()]):
         with self._file() as file:
-            return read(file[at]) if at in file else None
+            item = file.get(at)
+            return None if item is None else read(item)
 
     @contextmanager
     def opened(self):
@@ -269,6 +268,19 @@ class Results:
                 yield file
         except OSError as error:
             raise ResultsError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _array(group, at):
+    """What group[at][()] is, None where there is nothing; for many small arrays in a third of the time."""
+    try:
+        data = h5py.h5d.open(group.id, at.encode())
+    except KeyError:
+        if at in group:
+            raise
+        return None
+    out = np.empty(data.shape, data.dtype)
+    data.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
+    return out
 
 
 def _stored(name):

@@ -19,10 +19,14 @@ def pooled(summary, by):
 
 
 def pooled_over_traces(results, by_trace):
-    """Mean of a number of each trace (Series), weighed as what is measured of KV heads is: by decode steps and layers."""
+    """Mean of a number of each trace (Series or dict), weighed as what is measured of KV heads is: by decode steps and layers."""
+    weights = results.once("trace_weights", lambda: _trace_weights(results))
+    return float((weights * [by_trace.get(trace, np.nan) for trace in weights.index]).sum(skipna=False) / weights.sum())
+
+
+def _trace_weights(results):
     what = results.cells.drop_duplicates(["trace", "layer"])
-    weights = (what["n_steps"] * what["n_kv_heads"]).groupby(what["trace"]).sum()
-    return float((by_trace * weights).sum(skipna=False) / weights.sum())
+    return (what["n_steps"] * what["n_kv_heads"]).groupby(what["trace"]).sum()
 
 
 def configurations(results, bands=True):
