@@ -35,30 +35,29 @@ def pack(results, packed, room):
     """
     of = {"head": _head, "raster": _raster, "pca": _pca}
     wanted = {kind: order(results) for kind in of}
+    by_layer = results.cells.sort_values("layer", kind="stable")
+    cells = by_layer.groupby(["trace", "label", "budget"]).groups
     blobs = {}
     for kind, part in (("head", CURVES), ("raster", 0.5), ("pca", 1.0), ("head", 1.0), ("raster", 1.0)):
         mine = part * room
         while wanted[kind]:
-            trace, label, budget = wanted[kind][0]
-            cells = results.cells
-            chosen = (cells["trace"] == trace) & (cells["label"] == label) & (cells["budget"] == budget)
-            value = of[kind](results.with_cells(chosen))
+            value = of[kind](results, cells[wanted[kind][0]])
             blob = packed(value) if value is not None else ""
             if len(blob) > mine:
                 break
-            wanted[kind].pop(0)
+            configuration = wanted[kind].pop(0)
             if blob:
-                blobs["/".join((kind, trace, label, budget))] = blob
+                blobs["/".join((kind, *configuration))] = blob
                 mine -= len(blob)
                 room -= len(blob)
     return blobs, {kind for kind, rest in wanted.items() if rest}
 
 
-def _head(results):
-    """Curves of all layers and heads of a configuration, as lists [layer][head][point], and its worst steps where it
+def _head(results, cells):
+    """Curves of all layers and heads of a configuration (its cells by layer), as lists [layer][head][point], and its worst steps where it
     has steps; the worst points of a curve are seen from the curve."""
     layers, curves, bad, step = [], {}, {}, None
-    for cell in sorted(results.cells.index, key=lambda c: results.cells.at[c, "layer"]):
+    for cell in cells:
         blocks = head.arrays(results, cell)
         if "error_output" not in blocks:
             continue
@@ -95,10 +94,10 @@ def _merged(values, weights, begin):
                 np.add.reduceat(counted, begin, axis=1))
 
 
-def _raster(results):
+def _raster(results, cells):
     """Share retained, in per cent, as lists [layer][set][token bin][step bin]; −1 where no token is written."""
     layers, share, tokens, steps, sets = [], [], None, None, []
-    for cell in sorted(results.cells.index, key=lambda c: results.cells.at[c, "layer"]):
+    for cell in cells:
         found = raster.of_cell(results, cell)
         if found is None:
             continue
@@ -112,12 +111,12 @@ def _raster(results):
     return {"layers": layers, "sets": sets, "tokens": tokens.tolist(), "steps": steps.tolist(), "share": share}
 
 
-def _pca(results):
+def _pca(results, cells):
     """Coordinates, true lengths and angles of the output vectors, as lists [layer][head][step][...]."""
     out = {"layers": [], "names": None, "steps": None}
     parts = ("xy", "length", "in_plane", "angle", "explained", "error", "evicted_mass")
     out.update({part: [] for part in parts})
-    for cell in sorted(results.cells.index, key=lambda c: results.cells.at[c, "layer"]):
+    for cell in cells:
         found = pca.of_cell(results, cell)
         if found is None or not np.isfinite(found["error"]).any():
             continue

@@ -25,9 +25,8 @@ def errors(results, factor, budget=None, group="evictable"):
         budget = results.default_budget if budget is None else budget
         chosen &= cells["budget"] == budget
     wanted = cells[chosen]
-    rows = taxonomy.with_types(results) if factor == "head_type" else results.summary
-    rows = rows[(rows["metric"] == "error_output") & rows["label"].isin(wanted["label"].unique()) &
-                rows["budget"].isin(wanted["budget"].unique())]
+    rows = results.once(("errors", factor == "head_type"), lambda: _rows(results, factor))
+    rows = rows[rows["label"].isin(wanted["label"].unique()) & rows["budget"].isin(wanted["budget"].unique())]
     if wanted["label"].nunique() < LEAST:
         raise Absent(f"an order needs {LEAST} methods, and at budget {budget} the run has "
                      f"{wanted['label'].nunique()} in this group" if factor != "budget" else
@@ -45,6 +44,11 @@ def errors(results, factor, budget=None, group="evictable"):
     if table.shape[1] < LEAST:
         raise Absent(f"an order needs {LEAST} methods, and {table.shape[1]} have every {factor.replace('_', ' ')}")
     return table
+
+
+def _rows(results, factor):
+    rows = taxonomy.with_types(results) if factor == "head_type" else results.summary
+    return rows[rows["metric"] == "error_output"]
 
 
 def taus(table):

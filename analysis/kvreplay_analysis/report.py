@@ -84,7 +84,7 @@ def _write(results, out):
         for format in ("pdf", "svg"):
             (folder / f"{name}.{format}").unlink(missing_ok=True)
         try:
-            picture = module.draw(chosen[0][1])
+            picture = _drawn(module, chosen[0][1])
         except Absent:
             continue
         for format in ("pdf", "svg"):
@@ -192,11 +192,23 @@ def _blobs(chosen):
     return blobs
 
 
+def _drawn(module, scope):
+    if figures.of_a_head(module):
+        return module.draw(scope)
+    return module.draw(scope, frames=_frames(module, scope, scope.default_budget if module.BY_BUDGET else None)[1])
+
+
+def _frames(module, scope, budget, n_points=None):
+    """(the run as a figure sees it, its data), once for the files and the page."""
+    whole = budget is None or getattr(module, "SEES_ALL_BUDGETS", False)
+    shown = scope if whole else at_budget(scope, budget)[0]
+    more = {"n_points": n_points} if n_points else {}
+    return shown, scope.once(("frames", module.NAME, budget, n_points), lambda: module.data(shown, budget, **more))
+
+
 def _one(module, scope, budget, n_points):
     try:
-        whole = budget is None or getattr(module, "SEES_ALL_BUDGETS", False)
-        shown = scope if whole else at_budget(scope, budget)[0]
-        frames = module.data(shown, budget, **({"n_points": n_points} if n_points else {}))
+        shown, frames = _frames(module, scope, budget, n_points)
         return {"variants": module.interactive(shown, frames), "note": module.note(shown, frames),
                 "csv": {part: frame.to_csv(index=False, float_format="%.6g", lineterminator="\r\n")
                         for part, frame in frames.items()}}

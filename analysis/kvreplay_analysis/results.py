@@ -57,12 +57,12 @@ class Results:
     def complete(self):
         return bool(self.run.get("complete", False))
 
-    @property
+    @cached_property
     def traces(self):
         """Names of the traces that have results, in the order of the run."""
         return list(dict.fromkeys(self.cells["trace"]))
 
-    @property
+    @cached_property
     def labels(self):
         """The methods as typed, in the order of the run."""
         return list(dict.fromkeys(self.cells["label"]))
@@ -73,7 +73,7 @@ class Results:
         asked = self.cells[self.cells["budget"] != ""]
         return list(asked.groupby("budget")["budget_tokens"].mean().sort_values(kind="stable").index)
 
-    @property
+    @cached_property
     def default_budget(self):
         """The budget that most methods share; of equals the one below the middle, where methods differ most."""
         asked = self.cells[self.cells["budget"] != ""]
@@ -83,7 +83,7 @@ class Results:
         shared = [b for b in self.budgets if n_methods[b] == n_methods.max()]
         return shared[(len(shared) - 1) // 2]
 
-    @property
+    @cached_property
     def compensators(self):
         """Compensators measured in this run, in order of their sophistication, then of the run."""
         seen = list(dict.fromkeys(c for text in self.cells["compensators"].unique() for c in parts(text)))
@@ -167,13 +167,14 @@ class Results:
         """The same run with the cells where `chosen` (bool, one per cell) holds; the summary stays whole."""
         return replace(self, cells=self.cells[np.asarray(chosen)])
 
-    def uncached(self):
-        """The same run, which keeps nothing of what is read through it."""
-        return replace(self, _cache={"file": self._cache.get("file")})
-
     def has(self, metric, compensator=""):
-        rows = self.summary
-        return bool(((rows["metric"] == metric) & (rows["compensator"] == compensator) & (rows["n"] > 0)).any())
+        return (metric, compensator) in self._counted
+
+    @cached_property
+    def _counted(self):
+        """{(metric, compensator)} of which anything counted."""
+        rows = self.summary[self.summary["n"] > 0]
+        return set(rows[["metric", "compensator"]].drop_duplicates().itertuples(index=False, name=None))
 
     def blocks(self, metric, compensator=""):
         """{cell: float64 (n_rows, n_blocks)} of means over blocks of steps; NaN where nothing counted."""
@@ -224,8 +225,14 @@ class Results:
 
         return self._read(f"outputs/{cell:06d}", read)
 
+    def of_cell(self, kind, cell, metric, compensator=""):
+        """What blocks() or steps(), as `kind` says, have of one cell, None for nothing; it is not kept in memory."""
+        with self._file() as file:
+            values = _array(file, f"{kind}/{cell:06d}/{_name(metric, compensator)}")
+        return values if values is None or self.kept_heads is None else self._masked(cell, values)
+
     def _arrays(self, kind, metric, compensator):
-        name = _stored(f"{metric}.{compensator}" if compensator else metric)
+        name = _name(metric, compensator)
         arrays = self._cache.setdefault((kind, name), {})
         missing = [c for c in self.cells.index if c not in arrays]
         if missing:
@@ -281,6 +288,10 @@ def _array(group, at):
     out = np.empty(data.shape, data.dtype)
     data.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
     return out
+
+
+def _name(metric, compensator):
+    return _stored(f"{metric}.{compensator}" if compensator else metric)
 
 
 def _stored(name):

@@ -164,9 +164,11 @@ def to_bytes(figure, format):
     out = io.BytesIO()
     with plt.rc_context(RC):
         if figure.get_layout_engine():
-            figure.draw_without_rendering()
+            figure.get_layout_engine().execute(figure)
             figure.set_layout_engine(None)  # the layout is found: no format needs to search for it again
-            for ax in figure.axes:  # the search's last digits are not the same each time
+            for ax in figure.axes:
+                ax.apply_aspect()  # where limits follow from the place: a drawing would, and the next goes on from there
+                # The search's last digits are not the same each time.
                 bounds = ax.get_position(original=True).bounds
                 ax.set_position([round(b, 6) for b in bounds])
         figure.savefig(out, format=format, metadata=metadata)

@@ -19,7 +19,7 @@ import pandas as pd
 
 from . import bootstrap
 from .errors import ResultsError, UsageError
-from .results import Results, _stored
+from .results import Results, _name
 from .results import load as load_results
 from .tables import pooled
 
@@ -149,8 +149,8 @@ class Resampled:
         steps = self.results.steps(term["metric"], term["compensator"]).get(cell)
         if steps is None:
             return None
-        name = _stored(f"{term['metric']}.{term['compensator']}" if term["compensator"] else term["metric"])
-        at = self.results._read(f"steps/{cell:06d}/{name}", lambda item: item.attrs.get("steps"))
+        at = self.results._read(f"steps/{cell:06d}/{_name(term['metric'], term['compensator'])}",
+                                lambda item: item.attrs.get("steps"))
         at = np.arange(steps.shape[1]) if at is None else np.asarray(at)
         return np.stack([statistic_rows(row.astype(float), at // self.results.block_steps, counts, term["statistic"])
                          for row in steps], axis=1)

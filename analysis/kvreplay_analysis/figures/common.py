@@ -17,8 +17,9 @@ N_NAMED = 26  # methods a static figure can name; the rest is drawn in grey
 def configurations(results):
     """[(label, budget, Results of that configuration)] in the order of the run."""
     cells = results.cells
-    return [(label, budget, replace(results, cells=cells.loc[index]))
-            for (label, budget), index in cells.groupby(["label", "budget"], sort=False).groups.items()]
+    return results.once("configurations", lambda: [
+        (label, budget, replace(results, cells=cells.loc[index]))
+        for (label, budget), index in cells.groupby(["label", "budget"], sort=False).groups.items()])
 
 
 def require(results, metric, compensator=""):
@@ -27,6 +28,11 @@ def require(results, metric, compensator=""):
         raise Absent(f"this run has no counted value of {name}: run again with --metrics all"
                      + (f" --compensators {compensator}" if compensator else "")
                      + ", or at a budget that evicts something")
+
+
+def by(frame, column):
+    """{value: its rows}, which is one pass over the frame where a mask for each value is many."""
+    return dict(list(frame.groupby(column, sort=False)))
 
 
 def at_budget(results, budget):
@@ -141,10 +147,9 @@ def thin(rows, n, seed=1):
 
 def rounded(values, digits=5):
     """Numbers for the page: significant digits, None where there is no number."""
-    out = []
-    for v in np.asarray(values, dtype=float).ravel():
-        out.append(float(f"{v:.{digits}g}") if math.isfinite(v) else None)
-    return out
+    values = np.asarray(values, dtype=float).ravel()
+    text = f"%.{digits}g " * len(values) % tuple(values.tolist())  # all at once: a page has a million numbers
+    return [v if math.isfinite(v) else None for v in map(float, text.split())]
 
 
 def axis_names(i):

@@ -7,7 +7,7 @@ from .. import bootstrap
 from ..errors import Absent
 from ..style import (WIDTHS, compensator_look, compensator_title, paper, plain_log, plotly_marker, plt,
                      shown_name)
-from .common import about, at_budget, configurations, log_axis, require, rounded, shown_first, thin
+from .common import about, at_budget, by, configurations, log_axis, require, rounded, shown_first, thin
 
 NAME = "correction"
 TITLE = "Uncorrected against corrected error"
@@ -126,18 +126,18 @@ def draw(results, budget=None, style="double", frames=None):
 
 def interactive(results, frames):
     out = {}
-    for label in shown_first(results, list(dict.fromkeys(frames["points"]["label"]))):
-        points = frames["points"][frames["points"]["label"] == label]
-        share = frames["by_layer"][frames["by_layer"]["label"] == label]
+    points_of, shares_of = (by(frames[part], "label") for part in ("points", "by_layer"))
+    for label in shown_first(results, list(points_of)):
+        points, share = points_of[label], shares_of[label]
+        lines = by(share, "compensator")
         ends = rounded([points[["error", "error_corrected"]].clip(lower=1e-6).min().min(),
                         points[["error", "error_corrected"]].max().max()])
         traces = [{"type": "scatter", "mode": "lines", "x": ends, "y": ends, "line": {"width": 1, "color": "#8a8a8a"},
                    "showlegend": False, "hoverinfo": "skip"}]
-        for c in dict.fromkeys(points["compensator"]):
+        for c, at in by(points, "compensator").items():
             colour, marker = compensator_look(c)
             symbol = plotly_marker(marker)
-            at = points[points["compensator"] == c]
-            line = share[share["compensator"] == c].sort_values("layer")
+            line = lines[c].sort_values("layer")
             name = compensator_title(c)
             traces.append({
                 "type": "scattergl" if len(at) > 4000 else "scatter", "mode": "markers", "name": name,

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import Absent
+from ..results import parts
 from ..style import WIDTHS, compensator_look, compensator_title, legend_below, paper, plt, shown_name
 from .common import about, chosen_head
 
@@ -20,17 +21,15 @@ METRICS = ("error_output", "evicted_mass", "cos_retained_evicted")
 
 def columns(results, cell):
     """{column: (metric, compensator)} of what is shown of a head."""
-    out = {metric: (metric, "") for metric in METRICS}
-    of = results.with_cells(results.cells.index == cell)
-    out.update({f"error_corrected.{c}": ("error_corrected", c) for c in of.compensators if c != "none"})
-    return out
+    measured = parts(results.cells.at[cell, "compensators"])
+    return {**{metric: (metric, "") for metric in METRICS},
+            **{f"error_corrected.{c}": ("error_corrected", c) for c in results.compensators
+               if c in measured and c != "none"}}
 
 
 def arrays(results, cell, kind="blocks"):
     """{column: (n_heads, n_blocks or n_steps)} of a cell; only what the run has. Nothing is kept in memory."""
-    alone = results.with_cells(results.cells.index == cell).uncached()
-    read = alone.blocks if kind == "blocks" else alone.steps
-    found = {name: read(*of).get(cell) for name, of in columns(results, cell).items()}
+    found = {name: results.of_cell(kind, cell, *of) for name, of in columns(results, cell).items()}
     return {name: values for name, values in found.items() if values is not None}
 
 

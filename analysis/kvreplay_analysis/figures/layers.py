@@ -5,6 +5,8 @@ the text has no number) stand beside them in panels of their own. They are of an
 never pooled with this run's, and no axis holds both.
 """
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 
@@ -12,7 +14,7 @@ from .. import bootstrap
 from ..errors import Absent
 from ..style import WIDTHS, compensator_look, compensator_title, paper, plotly_marker, plt, shown_name
 from ..tables import pooled
-from .common import about, at_budget, configurations, panel_layout, require, rounded
+from .common import about, at_budget, by, configurations, panel_layout, require, rounded
 
 NAME = "layers"
 TITLE = "Error, direction and correction by layer"
@@ -137,6 +139,7 @@ def _summary(row):
             f"mean error {100 * row['error']:.3g} %").replace("-", "−")
 
 
+@cache
 def _paper_summary():
     def of(quantity):
         return PAPER.loc[PAPER["quantity"] == f"mean of {quantity}", "low"].iloc[0]
@@ -233,12 +236,13 @@ def _mark(ax, row, colour, marker):
 
 def interactive(results, frames):
     out = {}
+    of_label = {part: by(frames[part], "label") for part in ("error", "cos", "removed", "means")}
     for label in order(results, frames):
-        error, cos, removed = (frames[part][frames[part]["label"] == label] for part in ("error", "cos", "removed"))
+        error, cos, removed, means = (rows.get(label, frames[part].iloc[:0]) for part, rows in of_label.items())
         foresight = about(results, label)["foresight"]
         traces = []
-        for i, b in enumerate(_budgets(error)):
-            line, (colour, marker) = error[error["budget"] == b], budget_look(i)
+        for i, (b, line) in enumerate(by(error, "budget").items()):
+            colour, marker = budget_look(i)
             traces.append({
                 "type": "scatter", "mode": "lines+markers", "name": f"budget {b}" if b else label,
                 "x": [int(v) for v in line["layer"]], "y": rounded(line["error"]), "line": {"color": colour,
@@ -276,10 +280,11 @@ def interactive(results, frames):
                 "hovertemplate": f"<b>{name}</b><br>layer %{{x}}<br>removes %{{y:.1%}}<br>error %{{customdata[0]}} before, "
                                  "%{customdata[1]} after<extra></extra>"})
         traces += _paper_traces()
-        out[label] = {"data": traces, "layout": _layout(shown_name(label, foresight), frames, label)}
+        out[label] = {"data": traces, "layout": _layout(shown_name(label, foresight), error, means)}
     return out
 
 
+@cache
 def _paper_traces():
     """The reported values in the second row of panels."""
     traces = []
@@ -307,9 +312,8 @@ def _paper_traces():
     return traces
 
 
-def _layout(name, frames, label):
+def _layout(name, error, means):
     layout = panel_layout(["error", "cos(f_R, f_E)", "share of the error removed"] * 2, {}, {}, gap=0.08)
-    means = frames["means"][frames["means"]["label"] == label]
     layout["annotations"] = []
     width, gap = (1 - 2 * 0.08) / 3, 0.08
     for i in range(6):
@@ -323,7 +327,7 @@ def _layout(name, frames, label):
             "xref": "paper",
             "yref": "paper", "x": left, "y": 0.93 if top else 0.33, "xanchor": "left", "yanchor": "bottom",
             "showarrow": False})
-    layers = sorted(set(frames["error"].loc[frames["error"]["label"] == label, "layer"]))
+    layers = sorted(set(error["layer"]))
     for suffix in ("", "2", "3"):
         if len(layers) <= 12:
             layout[f"xaxis{suffix}"].update(tickmode="array", tickvals=[int(v) for v in layers])

@@ -39,13 +39,21 @@ def retained(evicted_at, prompt_len, n_steps, n_token_bins=N_TOKEN_BINS, n_step_
     """
     n_sets, n_tokens = evicted_at.shape
     tokens, steps = edges(n_tokens, n_token_bins), edges(n_steps, n_step_bins)
-    born = np.maximum(0, np.arange(n_tokens) - prompt_len)[:, None]  # (n_tokens, 1)
-    begin, end = steps[:-1], steps[1:]
-    written = np.add.reduceat(np.clip(end - np.maximum(begin, born), 0, None), tokens[:-1], axis=0)
+    born = np.clip(np.arange(n_tokens) - prompt_len, 0, n_steps)
+    row = np.repeat(np.arange(len(tokens) - 1), np.diff(tokens)) * (n_steps + 1)
+
+    def pairs(gone):
+        """Of each bin, those from birth until `gone`: what comes and what goes at each step, summed up."""
+        n_changes = (len(tokens) - 1) * (n_steps + 1)
+        change = (np.bincount(row + born, minlength=n_changes) -
+                  np.bincount(row + np.clip(gone, born, n_steps), minlength=n_changes))
+        there = change.reshape(-1, n_steps + 1).cumsum(axis=1)[:, :-1]
+        return np.add.reduceat(there, steps[:-1], axis=1)
+
+    written = pairs(n_steps)
     share = np.full((n_sets, len(tokens) - 1, len(steps) - 1), np.nan)
     for s in range(n_sets):
-        kept = np.clip(np.minimum(end, evicted_at[s][:, None]) - np.maximum(begin, born), 0, None)
-        np.divide(np.add.reduceat(kept, tokens[:-1], axis=0), written, out=share[s], where=written > 0)
+        np.divide(pairs(evicted_at[s]), written, out=share[s], where=written > 0)
     return tokens, steps, share
 
 
@@ -57,12 +65,13 @@ def attended(bits, prompt_len, n_token_bins=N_TOKEN_BINS, n_step_bins=N_STEP_BIN
     there = np.arange(n_steps)[:, None] >= born  # (n_steps, n_tokens)
 
     def binned(values):
-        return np.add.reduceat(np.add.reduceat(values.astype(np.int32), steps[:-1], axis=0), tokens[:-1], axis=1).T
+        # Sums of whole rows: reduceat goes down each column.
+        by_step = [values[..., a:b, :].sum(axis=-2, dtype=np.int32) for a, b in zip(steps, steps[1:])]
+        return np.add.reduceat(np.stack(by_step, axis=-1), tokens[:-1], axis=-2)
 
     written = binned(there)
     share = np.full((n_heads, len(tokens) - 1, len(steps) - 1), np.nan)
-    for h in range(n_heads):
-        np.divide(binned(bits[h] & there), written, out=share[h], where=written > 0)
+    np.divide(binned(bits & there), written, out=share, where=written > 0)
     return tokens, steps, share
 
 
