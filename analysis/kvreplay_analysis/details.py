@@ -54,8 +54,8 @@ def pack(results, packed, room):
 
 
 def _head(results, cells):
-    """Curves of all layers and heads of a configuration (its cells by layer), as lists [layer][head][point], and its worst steps where it
-    has steps; the worst points of a curve are seen from the curve."""
+    """Curves of all layers and heads of a configuration (its cells by layer), as lists [layer][head][point], and its
+    worst steps where it has steps; the worst points of a curve are seen from the curve."""
     layers, curves, bad, step = [], {}, {}, None
     for cell in cells:
         blocks = head.arrays(results, cell)

@@ -9,7 +9,8 @@ import pandas as pd
 from . import explain as ka
 from .errors import Absent, UsageError
 from .explain_figures import FIGURES, colours, percent, quoted, shown, visible
-from .report import OPEN_LOOP, PAGE, _json, _packed, as_text, breakable, exact, number, scopes, write_whole
+from .report import OPEN_LOOP, PAGE, _json, _packed, as_text, breakable, exact, number, write_whole
+from .scopes import scopes
 from .style import compensator_title
 
 N_LISTED = 25  # tokens in a table

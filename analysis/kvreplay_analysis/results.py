@@ -226,9 +226,14 @@ class Results:
         return self._read(f"outputs/{cell:06d}", read)
 
     def of_cell(self, kind, cell, metric, compensator=""):
-        """What blocks() or steps(), as `kind` says, have of one cell, None for nothing; it is not kept in memory."""
-        with self._file() as file:
-            values = _array(file, f"{kind}/{cell:06d}/{_name(metric, compensator)}")
+        """What blocks() or steps(), as `kind` says, have of one cell, None for nothing; keeps no more in memory."""
+        name = _name(metric, compensator)
+        arrays = self._cache.get((kind, name), {})
+        if cell in arrays:
+            values = arrays[cell]
+        else:
+            with self._file() as file:
+                values = _array(file, f"{kind}/{cell:06d}/{name}")
         return values if values is None or self.kept_heads is None else self._masked(cell, values)
 
     def _arrays(self, kind, metric, compensator):

@@ -167,7 +167,7 @@ def to_bytes(figure, format):
             figure.get_layout_engine().execute(figure)
             figure.set_layout_engine(None)  # the layout is found: no format needs to search for it again
             for ax in figure.axes:
-                ax.apply_aspect()  # where limits follow from the place: a drawing would, and the next goes on from there
+                ax.apply_aspect()  # limits that follow from the place: a drawing goes on from what the last one had
                 # The search's last digits are not the same each time.
                 bounds = ax.get_position(original=True).bounds
                 ax.set_position([round(b, 6) for b in bounds])

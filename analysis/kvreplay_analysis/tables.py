@@ -1,5 +1,7 @@
 """One row per configuration (a method at a budget): the numbers of the report's tables."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
@@ -19,7 +21,8 @@ def pooled(summary, by):
 
 
 def pooled_over_traces(results, by_trace):
-    """Mean of a number of each trace (Series or dict), weighed as what is measured of KV heads is: by decode steps and layers."""
+    """Mean of a number of each trace (Series or dict), weighed as what is measured of KV heads is: by decode steps and
+    layers."""
     weights = results.once("trace_weights", lambda: _trace_weights(results))
     return float((weights * [by_trace.get(trace, np.nan) for trace in weights.index]).sum(skipna=False) / weights.sum())
 
@@ -38,6 +41,7 @@ def configurations(results, bands=True):
     """
     means = pooled(results.summary, ["label", "budget", "metric", "compensator"])
     first = results.cells.drop_duplicates(["label", "budget"])
+    indices = results.cells.groupby(["label", "budget"]).groups
     rows = []
     for what in first.itertuples():
         row = {"label": what.label, "method": what.method, "group": what.group, "foresight": what.foresight,
@@ -52,8 +56,7 @@ def configurations(results, bands=True):
         for c in results.compensators:
             row[f"error_corrected.{c}"] = get("error_corrected", "mean", c)
         if bands:
-            mine = results.with_cells((results.cells["label"] == what.label) &
-                                      (results.cells["budget"] == what.budget))
+            mine = replace(results, cells=results.cells.loc[indices[what.label, what.budget]])
             _, row["error_output_low"], row["error_output_high"] = bootstrap.interval(
                 bootstrap.totals(mine, [("error_output", "")]), bootstrap.mean)
         row["n"] = get("error_output", "n")

@@ -22,8 +22,9 @@ def add(commands):
 def run(asked):
     from ..errors import UsageError, nearest
     from ..figures import ALL, of_a_head
-    from ..report import scopes, write_whole
+    from ..report import write_whole
     from ..results import load
+    from ..scopes import scopes
     from ..style import FORMATS, WIDTHS, to_bytes
 
     def one_of(what, value, allowed):

@@ -21,8 +21,8 @@ def run(asked):
     from ..errors import UsageError
     from ..latency import DEFAULT
     from ..league import best, league
-    from ..report import scopes
     from ..results import load
+    from ..scopes import scopes
     from ..text import records
 
     if asked.json and asked.csv:

@@ -35,8 +35,9 @@ def run(asked):
 
     from ..errors import Absent, UsageError, nearest
     from ..latency import DEFAULT
-    from ..report import scopes, write_whole
+    from ..report import write_whole
     from ..results import load
+    from ..scopes import scopes
     from ..style import FORMATS, WIDTHS
     from ..text import records
     from ..tradeoffs import Workload, eviction_bias, spans, tradeoffs, winners

@@ -28,7 +28,7 @@ def columns(results, cell):
 
 
 def arrays(results, cell, kind="blocks"):
-    """{column: (n_heads, n_blocks or n_steps)} of a cell; only what the run has. Nothing is kept in memory."""
+    """{column: (n_heads, n_blocks or n_steps)} of a cell; only what the run has. Nothing more is kept in memory."""
     found = {name: results.of_cell(kind, cell, *of) for name, of in columns(results, cell).items()}
     return {name: values for name, values in found.items() if values is not None}
 
