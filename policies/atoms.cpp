@@ -4,10 +4,10 @@
 #include <cmath>
 #include <limits>
 #include <map>
-#include <numeric>
 #include <unordered_map>
 
 #include "policies/errors.hpp"
+#include "policies/lost_rows.hpp"
 #include "policies/weights.hpp"
 
 namespace kvreplay {
@@ -85,8 +85,6 @@ MatD gained(const Eigen::Ref<const MatD>& x, const Eigen::RowVectorXd& mean, boo
   }
   return rows;
 }
-
-Eigen::Map<const Eigen::RowVectorXf> row(const float* x, int n) { return {x, n}; }
 
 }  // namespace
 
@@ -218,15 +216,11 @@ void AtomTrack::join(std::span<const Loss> losses, int step, bool seen) {
     }
     atoms_.clear();
     open_.clear();
-    centres_.resize(0, head_dim_);
   }
   if (losses.empty() || rule_.most == 0) {
     return;
   }
-  MatD keys(static_cast<Eigen::Index>(losses.size()), head_dim_);
-  for (std::size_t i = 0; i < losses.size(); ++i) {
-    keys.row(static_cast<Eigen::Index>(i)) = row(losses[i].k, head_dim_).cast<double>();
-  }
+  const MatD keys = lost_rows(losses, &Loss::k, head_dim_), values = lost_rows(losses, &Loss::v, v_head_dim_);
   std::map<std::size_t, std::vector<Eigen::Index>> members;
   const std::vector<std::size_t> labels = again ? cluster(losses, keys, true) : assign(losses, keys);
   for (std::size_t i = 0; i < labels.size(); ++i) {
@@ -238,9 +232,7 @@ void AtomTrack::join(std::span<const Loss> losses, int step, bool seen) {
       open_.resize(c + 1, 0);
     }
     Atom& atom = atoms_[c];
-    if (atom.n > 0) {
-      close(c, step);
-    }
+    close(c, step);
     if (atom.n > 0 && rule_.decay < 1) {
       const double left = std::pow(rule_.decay, now_ + step - atom.time);
       atom.n *= left;
@@ -249,17 +241,8 @@ void AtomTrack::join(std::span<const Loss> losses, int step, bool seen) {
       atom.scatter *= left;
       atom.left *= left;
     }
-    MatD values(static_cast<Eigen::Index>(rows.size()), v_head_dim_);
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      values.row(static_cast<Eigen::Index>(i)) =
-          row(losses[static_cast<std::size_t>(rows[i])].v, v_head_dim_).cast<double>();
-    }
-    atom.join(form_, keys(rows, Eigen::all), values);
+    atom.join(form_, keys(rows, Eigen::all), values(rows, Eigen::all));
     atom.time = now_ + step;
-    if (rule_.assign == AtomRule::Assign::nearest) {
-      centres_.conservativeResize(static_cast<Eigen::Index>(atoms_.size()), head_dim_);
-      centres_.row(static_cast<Eigen::Index>(c)) = atom.k;
-    }
     open(c, step);
   }
 }
@@ -280,13 +263,16 @@ std::vector<std::size_t> AtomTrack::assign(std::span<const Loss> losses, const E
     return cluster(losses, keys, false);
   }
   // While there is room a token is an atom of its own.
-  const std::size_t founders = std::min(most - atoms_.size(), losses.size());
-  if (founders == 0) {
-    return nearest(keys, centres_);
+  const std::size_t known = atoms_.size(), founders = std::min(most - known, losses.size());
+  MatD centres(static_cast<Eigen::Index>(known + founders), head_dim_);
+  for (std::size_t c = 0; c < known; ++c) {
+    centres.row(static_cast<Eigen::Index>(c)) = atoms_[c].k;
   }
-  std::iota(labels.begin(), labels.begin() + static_cast<std::ptrdiff_t>(founders), atoms_.size());
-  const auto n = static_cast<Eigen::Index>(founders);
-  const auto rest = nearest(keys.bottomRows(keys.rows() - n), stacked(centres_, keys.topRows(n)));
+  centres.bottomRows(static_cast<Eigen::Index>(founders)) = keys.topRows(static_cast<Eigen::Index>(founders));
+  const auto rest = nearest(keys.bottomRows(keys.rows() - static_cast<Eigen::Index>(founders)), centres);
+  for (std::size_t i = 0; i < founders; ++i) {
+    labels[i] = known + i;
+  }
   std::copy(rest.begin(), rest.end(), labels.begin() + static_cast<std::ptrdiff_t>(founders));
   return labels;
 }
@@ -392,8 +378,8 @@ void AtomTrack::merge(Estimate& out) const {
     return;
   }
   const double log_decay = std::log(rule_.decay);
-  MatD weights =
-      version_k_.topRows(n) * q_.transpose();  // (versions, rows) logits first; a version's rows lie side by side
+  // (versions, rows) logits first; a version's rows lie side by side.
+  MatD weights = version_k_.topRows(n) * q_.transpose();
   Eigen::ArrayXd top = Eigen::ArrayXd::Constant(rows, kNothing), mass = Eigen::ArrayXd::Zero(rows);
   for (Eigen::Index c = 0; c < n; ++c) {
     const Version& version = versions_[static_cast<std::size_t>(c)];

@@ -77,7 +77,6 @@ class AtomTrack {
   AtomRule rule_;
   int head_dim_, v_head_dim_;
   std::vector<Atom> atoms_;  // those with n = 0 are not there
-  MatD centres_;             // nearest: (atoms, head_dim) their mean keys
   std::vector<Pos> starts_;
   std::vector<Loss> seen_;  // nearest with `every`: all tokens so far
   int now_ = 0;             // decode steps before this block

@@ -6,6 +6,7 @@
 #include <numbers>
 
 #include "policies/counter_rng.hpp"
+#include "policies/lost_rows.hpp"
 #include "policies/moments.hpp"
 #include "policies/part.hpp"
 #include "policies/weights.hpp"
@@ -85,22 +86,8 @@ class Linear final : public Compensator {
   static constexpr std::size_t kPart = 512;  // losses at once
 
   // (losses, head_dim), with their half of the scale.
-  MatD keys(std::span<const Loss> losses) const {
-    MatD k(static_cast<Eigen::Index>(losses.size()), w_.cols());
-    for (Eigen::Index i = 0; i < k.rows(); ++i) {
-      k.row(i) = Eigen::Map<const Eigen::RowVectorXf>(losses[static_cast<std::size_t>(i)].k, k.cols()).cast<double>();
-    }
-    return k * root_scale_;
-  }
-
-  // (losses, v_head_dim)
-  MatD values(std::span<const Loss> losses) const {
-    MatD v(static_cast<Eigen::Index>(losses.size()), value_.cols());
-    for (Eigen::Index i = 0; i < v.rows(); ++i) {
-      v.row(i) = Eigen::Map<const Eigen::RowVectorXf>(losses[static_cast<std::size_t>(i)].v, v.cols()).cast<double>();
-    }
-    return v;
-  }
+  MatD keys(std::span<const Loss> losses) const { return root_scale_ * lost_rows(losses, &Loss::k, w_.cols()); }
+  MatD values(std::span<const Loss> losses) const { return lost_rows(losses, &Loss::v, value_.cols()); }
 
   // (rows, features) w . x - |x|^2 / 2
   MatD log_features(const MatD& x) const {
@@ -120,9 +107,6 @@ class Linear final : public Compensator {
     MatD logs = sums.array().log();
     for (Eigen::Index r = 0; r < logs.rows(); ++r) {
       logs.row(r).array() += k_top.transpose() + q_top[r];
-      if (logs.cols() == 0 || sums.row(r).minCoeff() >= kLeast) {
-        continue;
-      }
       for (Eigen::Index i = 0; i < logs.cols(); ++i) {
         if (sums(r, i) < kLeast) {
           const Eigen::ArrayXd both = (q_log.row(r) + k_log.row(i)).transpose();
